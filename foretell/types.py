@@ -1,0 +1,113 @@
+"""Words that the layers share: what a batch, a draft and a verdict are, and the protocols between methods and decoding.
+
+Shape letters, used as suffixes in the whole package:
+B sequences in a batch, T positions of a row, R rows of one token-tree forward, L positions visible in the cache,
+K depths of an MTP module, N rows flattened, D hidden width, V vocabulary, M vocabulary of the drafts (M <= V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE_INDEX = -100  # torch's cross_entropy default: a label that no loss counts
+PAD_DOCUMENT = -1  # document number of padding
+
+
+@dataclass
+class Batch:
+    """One micro-batch, right-padded. Methods derive their own view of it; the loader knows no method.
+
+    labels are token-aligned as in transformers (labels[b, t] is input_ids[b, t] or IGNORE_INDEX), never shifted.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    document_BT: Tensor  # which packed document a token belongs to, PAD_DOCUMENT on padding
+    position_ids_BT: Tensor  # restarts in each document
+    hidden_BTD: Tensor | None = None  # hidden states kept while the target decoded: no second forward
+
+
+@dataclass
+class LossSum:
+    """A loss before the one division: sums and counts, so that accumulation and ranks cannot change a gradient."""
+
+    total: Tensor  # scalar, differentiable: sum over counted rows
+    count: Tensor  # scalar: number of counted rows
+    correct: Tensor  # scalar: counted rows whose argmax is the label (or the teacher's argmax)
+
+
+@dataclass
+class Draft:
+    """Proposed tokens of one sequence: a tree below its last token.
+
+    parents[i] is the index in tokens of token i's parent, or -1 for the sequence's last token; parents come first.
+    probs is None where tokens were chosen by argmax or lookup (they then carry one-hot probabilities), else a row [V]
+    per token: the distribution it was SAMPLED from. Rejection sampling is exact only under this promise.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    probs: list[Tensor | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Verdict:
+    """What verification decided for one sequence: the accepted path (indices into Draft.tokens), then one token."""
+
+    path: list[int]
+    token: int
+
+
+@dataclass
+class SequenceState:
+    """One sequence while it is decoded. tokens holds prompt and output; the last token is not in the cache yet."""
+
+    tokens: list[int]
+    prompt_length: int
+    index: int  # row of the caller's batch
+    slot: int = -1  # row of the caches
+    cached: int = 0  # tokens whose keys and values are in the cache: len(tokens) - 1 between rounds
+    left_padding: int = 0  # padding tokens that stood before the prompt; logits processors of transformers see them
+    pad_token_id: int = 0
+    drafted: list[int] = field(default_factory=list)  # per verification
+    accepted: list[int] = field(default_factory=list)  # per verification, after the cut at EOS
+    emitted: list[int] = field(default_factory=list)  # per verification, bonus token included, after the cut at EOS
+    sources: list[list[str]] = field(default_factory=list)  # per verification: which drafter each emitted token is from
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+class Drafter(Protocol):
+    """Proposes tokens for sequences. decoding/loop.py calls; methods and decoding/lookup.py implement."""
+
+    name: str
+
+    def open(self, slots: int, capacity: int) -> None:
+        """Make room for that many sequences of at most that many tokens."""
+
+    def observe(self, sequences: Sequence[SequenceState], hidden_BRD: Tensor, rows: list[list[int]]) -> None:
+        """The target has read tokens: hidden_BRD[b, rows[b]] are the states of sequence b's newest cached positions."""
+
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int]) -> list[Draft]:
+        """At most lengths[b] tokens deep for sequence b; 0 asks for nothing and must cost nothing."""
+
+    def move(self, source: int, target: int) -> None:
+        """The sequence in one slot now lives in another."""
+
+
+class Method(Protocol):
+    """What a file of methods/ offers: settings, module, loss, drafter. See CONTRIBUTING.md."""
+
+    def losses(self, batch: Batch, **kwargs: Any) -> list[LossSum]: ...
+
+    def drafter(self, **kwargs: Any) -> Drafter: ...

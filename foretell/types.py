@@ -7,7 +7,7 @@ K depths of an MTP module, N rows flattened, D hidden width, V vocabulary, M voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,10 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     probs: list[Tensor | None] | None = None
+    confidence: list[float] = field(
+        default_factory=list
+    )  # the drafter's own probability of each token, given its parent
+    sources: list[str] = field(default_factory=list)  # name of the drafter each token is from
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,6 +71,17 @@ class Verdict:
 
 
 @dataclass
+class Verification:
+    """What one target forward did for one sequence."""
+
+    drafted: int  # proposed tokens, of all branches
+    depth: int  # length of the longest branch
+    accepted: int  # accepted drafts that were emitted (after the cut at EOS)
+    emitted: int  # tokens emitted, the target's own included
+    sources: list[str]  # who proposed each emitted token; "target" for its own
+
+
+@dataclass
 class SequenceState:
     """One sequence while it is decoded. tokens holds prompt and output; the last token is not in the cache yet."""
 
@@ -77,14 +92,15 @@ class SequenceState:
     cached: int = 0  # tokens whose keys and values are in the cache: len(tokens) - 1 between rounds
     left_padding: int = 0  # padding tokens that stood before the prompt; logits processors of transformers see them
     pad_token_id: int = 0
-    drafted: list[int] = field(default_factory=list)  # per verification
-    accepted: list[int] = field(default_factory=list)  # per verification, after the cut at EOS
-    emitted: list[int] = field(default_factory=list)  # per verification, bonus token included, after the cut at EOS
-    sources: list[list[str]] = field(default_factory=list)  # per verification: which drafter each emitted token is from
+    record: list[Verification] = field(default_factory=list)
+    done: bool = False
 
     @property
     def new_tokens(self) -> list[int]:
         return self.tokens[self.prompt_length :]
+
+
+Worth = Callable[[str, int, Draft], bool]  # (drafter, sequence, its draft so far) -> is one more token worth its time?
 
 
 class Drafter(Protocol):
@@ -95,19 +111,17 @@ class Drafter(Protocol):
     def open(self, slots: int, capacity: int) -> None:
         """Make room for that many sequences of at most that many tokens."""
 
-    def observe(self, sequences: Sequence[SequenceState], hidden_BRD: Tensor, rows: list[list[int]]) -> None:
-        """The target has read tokens: hidden_BRD[b, rows[b]] are the states of sequence b's newest cached positions."""
+    def start(self, slot: int) -> None:
+        """A new sequence takes this slot."""
 
-    def draft(self, sequences: Sequence[SequenceState], lengths: list[int]) -> list[Draft]:
-        """At most lengths[b] tokens deep for sequence b; 0 asks for nothing and must cost nothing."""
+    def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
+        """The target has read tokens: rows kept[b] of its forward are sequence b's newest cached positions."""
 
-    def move(self, source: int, target: int) -> None:
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
+        """At most lengths[b] tokens deep for sequence b; all 0 asks for nothing and must cost nothing.
+
+        worth(name, b, draft) is asked before each further step of sequence b: False ends its chain there.
+        """
+
+    def move(self, source: int, target: int, length: int) -> None:
         """The sequence in one slot now lives in another."""
-
-
-class Method(Protocol):
-    """What a file of methods/ offers: settings, module, loss, drafter. See CONTRIBUTING.md."""
-
-    def losses(self, batch: Batch, **kwargs: Any) -> list[LossSum]: ...
-
-    def drafter(self, **kwargs: Any) -> Drafter: ...

@@ -1,0 +1,55 @@
+"""foretell: a causal language model learns to predict several tokens at once, then decodes faster, token for token
+the same.
+
+The names below are loaded when they are first used, so that `import foretell` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foretell.decoding.lookup import PromptLookup
+    from foretell.methods.sequential import SequentialConfig
+    from foretell.mtp import MTPConfig, MTPModel, custom_generate, get_mtp_model, load_preset
+    from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MTPConfig",
+    "MTPModel",
+    "MTPTrainer",
+    "MTPTrainingArguments",
+    "PromptLookup",
+    "SequentialConfig",
+    "__version__",
+    "custom_generate",
+    "get_mtp_model",
+    "load_preset",
+]
+
+_HOME = {
+    "MTPConfig": "foretell.mtp",
+    "MTPModel": "foretell.mtp",
+    "MTPTrainer": "foretell.training.trainer",
+    "MTPTrainingArguments": "foretell.training.trainer",
+    "PromptLookup": "foretell.decoding.lookup",
+    "SequentialConfig": "foretell.methods.sequential",
+    "custom_generate": "foretell.mtp",
+    "get_mtp_model": "foretell.mtp",
+    "load_preset": "foretell.mtp",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'foretell' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,124 @@
+"""How an MTP module is stored: mtp_config.json and mtp_model.safetensors in a folder, the target not copied."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from foretell import __version__
+from foretell.methods.base import MTPConfig
+from foretell.models.target import Target
+from foretell.runtime import atomic_folder, provenance
+
+CONFIG_FILE, WEIGHTS_FILE = "mtp_config.json", "mtp_model.safetensors"
+FORMAT = 1
+
+
+def save_module(
+    module: nn.Module,
+    config: MTPConfig,
+    target: Target,
+    folder: str | Path,
+    notes: dict[str, Any],
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write both files into folder, each whole or not at all: a full disk leaves the old ones as they were."""
+    state = module.state_dict() if state_dict is None else state_dict
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    about = {
+        "format": FORMAT,
+        "foretell_version": __version__,
+        "config": config.to_dict(),
+        "target": target.fingerprint(),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        "provenance": provenance(),
+        "notes": notes,
+    }
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The content of mtp_config.json.
+
+    Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        there = sorted(p.name for p in Path(folder).iterdir())[:8] if Path(folder).is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{path}: not there (found: {there}). Wanted a folder written by MTPModel.save_pretrained."
+        )
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise ValueError(
+                f"{path}: format {about['format']}, this foretell reads {FORMAT}; use the version that wrote it."
+            )
+        about["config"]["method"], about["target"]["architecture"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); copy the folder again.") from None
+    return about
+
+
+def check_target(about: dict[str, Any], target: Target, folder: str | Path) -> None:
+    """Raise ValueError if the module was trained for another architecture or size; warn if for other weights."""
+    wanted, got = about["target"], target.fingerprint()
+    differ = [
+        f"{key}: module was trained for {wanted[key]!r}, this model has {got[key]!r}"
+        for key in ("architecture", "model_type", "hidden_size", "vocab_size", "num_hidden_layers")
+        if wanted.get(key) != got[key]
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} does not fit this model: " + "; ".join(differ) + ". Load the target it was trained for."
+        )
+    if wanted.get("weights") != got["weights"]:
+        warnings.warn(
+            f"{folder} was trained for other weights of this architecture (fingerprint {wanted.get('weights')}, here "
+            f"{got['weights']}): output stays lossless, but fewer drafts may be accepted.",
+            stacklevel=3,
+        )
+
+
+def load_tensors(module: nn.Module, folder: str | Path) -> None:
+    """Fill a module from the folder; every tensor must be there, none may be unknown, all shapes must fit."""
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; the folder is incomplete, copy it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); copy the folder again.") from None
+    assign(module, tensors, str(path))
+
+
+@torch.no_grad()
+def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy tensors into the module's own, by name.
+
+    Raises ValueError listing missing, unknown and wrongly shaped tensors.
+    """
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, wanted {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{where} does not fit the module its config describes: {shown}.")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

@@ -1,0 +1,178 @@
+"""How many tokens to draft: a measured cost curve against the chance that a draft is accepted.
+
+A step with m drafted rows emits 1 + sum of their acceptance chances and takes c(1 + m) plus the drafting time. Take the
+m with the most tokens a second; ask a drafter for one more step only if that step pays; stop asking, but for a probe
+now and then, where drafts keep failing. Chances are the drafters' own confidences, corrected by what was accepted.
+"""
+
+# B sequences, R rows a sequence.
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from foretell.models.slot_cache import SlotCache
+from foretell.models.target import Target
+from foretell.types import Draft, Verdict
+
+CURVE_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
+
+
+class CostCurve:
+    """Seconds of one target forward against its rows, interpolated; never falling."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.rows = sorted(seconds)
+        self.seconds: list[float] = []
+        for rows in self.rows:
+            self.seconds.append(max([seconds[rows], *self.seconds[-1:]]))
+
+    def __call__(self, rows: int) -> float:
+        if rows <= self.rows[0]:
+            return self.seconds[0]
+        for (r0, s0), (r1, s1) in zip(
+            zip(self.rows, self.seconds, strict=True), zip(self.rows[1:], self.seconds[1:], strict=True), strict=False
+        ):
+            if rows <= r1:
+                return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+        return self.seconds[-1] * rows / self.rows[-1]
+
+    @classmethod
+    def measure(cls, target: Target, context: int = 128, repeats: int = 5) -> CostCurve:
+        """Time forwards of 1 to 64 rows over a cache of `context` tokens, sizes interleaved, medians."""
+        context = min(context, (target.max_positions or context + 64) - 64) if target.max_positions else context
+        context = max(context, 1)
+        cache = SlotCache(1, context + CURVE_ROWS[-1])
+        lengths_B = torch.tensor([context], device=target.device)
+        taken: dict[int, list[float]] = defaultdict(list)
+        for repeat in range(repeats + 1):
+            for rows in CURVE_ROWS:
+                ids = torch.zeros(1, rows, dtype=torch.long, device=target.device)
+                start = time.perf_counter()
+                out = target.forward_rows(ids, lengths_B, cache, visible=context + rows, full=rows == 1)
+                target.logits(out.post_norm_BRD, view=True).argmax(-1).tolist()
+                if repeat:  # the first round warms up
+                    taken[rows].append(time.perf_counter() - start)
+        return cls({rows: median(times) for rows, times in taken.items()})
+
+
+class AdaptiveLength:
+    """Decides, round by round, what is drafted and what is verified. One object serves one decoding call."""
+
+    PRIOR = 8.0  # verifications that a drafter's own confidence counts for
+    FORGET = 0.97  # acceptance changes with the text
+    LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
+
+    def __init__(self, curve: CostCurve, longest: int) -> None:
+        self.curve, self.longest = curve, longest
+        self._table: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._depth: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.5 * 2, 2.0])
+        self._step_seconds: dict[str, float] = defaultdict(float)
+        self._wait: dict[str, int] = defaultdict(lambda: 1)
+        self._sit_out: dict[str, int] = defaultdict(int)
+        self._rate = 0.0
+        self._batch = 1
+        self._probing: set[str] = set()
+
+    def begin_round(self, batch: int) -> list[int]:
+        """Longest drafts to ask for, and a new decision on who sits out."""
+        if batch != self._batch:
+            self._batch, self._rate = batch, 0.0
+        self._rate = max(self._rate, batch / self.curve(batch))
+        self._probing.clear()
+        return [self.longest] * batch
+
+    def worth(self, name: str, b: int, draft: Draft) -> bool:
+        """See Worth."""
+        if not len(draft):
+            if self._sit_out[name] > 0:
+                self._sit_out[name] -= b == 0
+                return False
+            if self._pays(name, 1, 1.0, 1):
+                self._wait[name] = 1
+                return True
+            if b == 0:  # looks hopeless: look again only now and then
+                self._wait[name] = min(2 * self._wait[name], self.LONGEST_WAIT)
+                self._sit_out[name] = self._wait[name]
+                self._probing.add(name)
+            return name in self._probing
+        if name in self._probing:
+            return False
+        return self._pays(name, len(draft) + 1, self.chances(draft)[-1], len(draft) + 1)
+
+    def _pays(self, name: str, depth: int, reached: float, rows: int) -> bool:
+        accepted, tried = self._depth[(name, min(depth, 6))]
+        batch = self._batch
+        seconds = self.curve(batch * (rows + 1)) - self.curve(batch * rows) + self._step_seconds[name]
+        return batch * reached * accepted / tried > self._rate * seconds * 0.9
+
+    def chances(self, draft: Draft) -> list[float]:
+        """Probability of each drafted token to be accepted, its ancestors included."""
+        out: list[float] = []
+        depth: list[int] = []
+        for i, parent in enumerate(draft.parents):
+            depth.append(1 if parent < 0 else depth[parent] + 1)
+            accepted, tried = self._table[self._key(draft, i, depth[i])]
+            given = (accepted + self.PRIOR * draft.confidence[i]) / (tried + self.PRIOR)
+            out.append(min(given, 0.999) * (1.0 if parent < 0 else out[parent]))
+        return out
+
+    def _key(self, draft: Draft, i: int, depth: int) -> tuple[str, int, int]:
+        return (draft.sources[i], min(depth, 4), min(int(draft.confidence[i] * 8), 7))
+
+    def prune(self, drafts: list[Draft], drafting_seconds: float) -> list[Draft]:
+        """Keep the likeliest rows, as many as make the most tokens a second; parents always come with children."""
+        batch = len(drafts)
+        ranked = []
+        for draft in drafts:
+            chance = self.chances(draft)
+            ranked.append(sorted(range(len(draft)), key=lambda i, c=chance: (-c[i], i)))
+            ranked[-1] = [(i, chance[i]) for i in ranked[-1]]
+        best, best_rate = 0, batch / (self.curve(batch) + drafting_seconds)
+        gained = 0.0
+        for m in range(1, max((len(r) for r in ranked), default=0) + 1):
+            gained += sum(r[m - 1][1] for r in ranked if len(r) >= m)
+            rate = (batch + gained) / (self.curve(batch * (1 + m)) + drafting_seconds)
+            if rate > best_rate:
+                best, best_rate = m, rate
+        return [_subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
+
+    def learn(self, drafts: list[Draft], verdicts: list[Verdict], names: dict[str, tuple[float, int]], rows: int) -> None:
+        """After a verification: names holds each drafter's (seconds, steps) of this round."""
+        for draft, verdict in zip(drafts, verdicts, strict=True):
+            accepted = set(verdict.path)
+            depth: list[int] = []
+            for i, parent in enumerate(draft.parents):
+                depth.append(1 if parent < 0 else depth[parent] + 1)
+                if parent >= 0 and parent not in accepted:
+                    continue  # never reached, so nothing was learned
+                cells = [self._table[self._key(draft, i, depth[i])]]
+                cells += [self._depth[(name, min(depth[i], 6))] for name in draft.sources[i].split("+")]
+                for cell in cells:
+                    cell[0] = cell[0] * self.FORGET + (i in accepted)
+                    cell[1] = cell[1] * self.FORGET + 1.0
+        for name, (seconds, steps) in names.items():
+            if steps:
+                old = self._step_seconds[name]
+                self._step_seconds[name] = seconds / steps if old == 0.0 else 0.9 * old + 0.1 * seconds / steps
+        spent = self.curve(rows) + sum(seconds for seconds, _ in names.values())
+        emitted = sum(len(v.path) + 1 for v in verdicts)
+        self._rate = 0.9 * self._rate + 0.1 * emitted / spent
+
+
+def _subset(draft: Draft, keep: Sequence[int]) -> Draft:
+    if len(keep) == len(draft):
+        return draft
+    at = {-1: -1} | {i: j for j, i in enumerate(keep)}
+    return Draft(
+        tokens=[draft.tokens[i] for i in keep],
+        parents=[at[draft.parents[i]] for i in keep],
+        probs=None if draft.probs is None else [draft.probs[i] for i in keep],
+        confidence=[draft.confidence[i] for i in keep],
+        sources=[draft.sources[i] for i in keep],
+    )

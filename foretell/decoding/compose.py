@@ -1,0 +1,74 @@
+"""Two drafters in one token tree: their chains below the same last token, shared beginnings merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from foretell.types import Draft, Drafter, SequenceState, Worth
+
+
+class Composed:
+    """Drafts of several drafters, merged. A token that two propose in one place is one row and names both."""
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        if not drafters:
+            raise ValueError("got no drafters, wanted at least one.")
+        self.drafters = list(drafters)
+        self.name = "+".join(d.name for d in drafters)
+
+    @property
+    def calls(self) -> int:
+        """Forwards of all of them."""
+        return sum(getattr(d, "calls", 0) for d in self.drafters)
+
+    def open(self, slots: int, capacity: int) -> None:
+        """See Drafter."""
+        for drafter in self.drafters:
+            drafter.open(slots, capacity)
+
+    def start(self, slot: int) -> None:
+        """See Drafter."""
+        for drafter in self.drafters:
+            drafter.start(slot)
+
+    def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
+        """See Drafter."""
+        for drafter in self.drafters:
+            drafter.observe(sequences, rows, kept)
+
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
+        """See Drafter."""
+        merged = [Draft() for _ in sequences]
+        for drafter in self.drafters:
+            for into, draft in zip(merged, drafter.draft(sequences, lengths, worth), strict=True):
+                merge(into, draft)
+        return merged
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See Drafter."""
+        for drafter in self.drafters:
+            drafter.move(source, target, length)
+
+
+def merge(into: Draft, draft: Draft) -> None:
+    """Add a draft's branches. One-hot and sampled children may stand side by side: each keeps its own probabilities."""
+    if draft.probs is not None and into.probs is None:
+        into.probs = [None] * len(into)
+    at = {-1: -1}
+    for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        probs = None if draft.probs is None else draft.probs[i]
+        same = [j for j in range(len(into)) if into.parents[j] == at[parent] and into.tokens[j] == token]
+        # a token sampled from q cannot be one row with a fixed proposal: the acceptance rule needs to know which it was
+        if same and probs is None and (into.probs is None or into.probs[same[0]] is None):
+            j = at[i] = same[0]
+            into.sources[j] = f"{into.sources[j]}+{draft.sources[i]}"
+            into.confidence[j] = max(into.confidence[j], draft.confidence[i])
+            continue
+        at[i] = len(into)
+        into.tokens.append(token)
+        into.parents.append(at[parent])
+        into.confidence.append(draft.confidence[i])
+        into.sources.append(draft.sources[i])
+        if into.probs is not None:
+            into.probs.append(probs)

@@ -1,0 +1,357 @@
+"""Sequential MTP modules: depth k reads depth k-1's states and the token k ahead.
+
+DeepSeek-V3 report (arXiv 2412.19437, section 2.2); one module reused at every depth is FastMTP (arXiv 2509.18362).
+Training, draft_logits and the drafter below run the same MTPBlock at the same positions, with one key-value cache a
+depth, so that what was trained is what drafts.
+"""
+
+# B sequences, T positions, R rows of a step, K depths, N rows flattened, D hidden width, V vocabulary, M draft vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from foretell.methods.base import LossKind, MTPConfig, Supervision
+from foretell.models.attention import RowMasks
+from foretell.models.fast import fast_view
+from foretell.models.mtp_block import FusionOrder, MTPBlock
+from foretell.models.slot_cache import SlotCache
+from foretell.models.target import Target, TargetRows
+from foretell.ops.losses import linear_loss
+from foretell.ops.shift import ahead, future_labels
+from foretell.types import IGNORE_INDEX, Batch, Draft, LossSum, SequenceState, Worth
+
+
+@dataclass(kw_only=True)
+class SequentialConfig(MTPConfig):
+    """Settings of sequential modules."""
+
+    method: ClassVar[str] = "sequential"
+    depth: int = field(default=3, metadata={"help": "K: how many tokens beyond the ordinary next one are predicted."})
+    shared_module: bool = field(default=False, metadata={"help": "One module reused at every depth (FastMTP)."})
+    fusion_order: FusionOrder = field(
+        default="embedding_hidden", metadata={"help": "Halves of the fusion's input; MiMo has them reversed."}
+    )
+    hidden_source: Literal["post_norm", "pre_norm"] = field(
+        default="post_norm", metadata={"help": "The target's states after or before its final norm."}
+    )
+    chain_raw: bool = field(
+        default=False, metadata={"help": "The next depth receives the block's output before the norm (EAGLE-1)."}
+    )
+    initialisation: Literal["identity", "copy", "random"] = field(
+        default="identity",
+        metadata={"help": "Last layer copied and fusion passing the hidden state; random fusion; all random."},
+    )
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "Draft only the most frequent tokens; lossless all the same."}
+    )
+
+    def problems(self) -> list[str]:
+        """See MTPConfig."""
+        found = super().problems()
+        if self.draft_vocab_size is not None and self.draft_vocab_size < 2:
+            found.append(f"draft_vocab_size: got {self.draft_vocab_size}, wanted at least 2 tokens, or none for all.")
+        return found
+
+    def build(self, target: Target) -> SequentialModule:
+        """The module for a target, initialised."""
+        return SequentialModule(self, target)
+
+
+class SequentialModule(nn.Module):
+    """The blocks and, with a reduced vocabulary, the ids of the tokens that are drafted."""
+
+    draft_vocab_ids: Tensor | None
+
+    def __init__(self, config: SequentialConfig, target: Target) -> None:
+        super().__init__()
+        if config.draft_vocab_size is not None and config.draft_vocab_size > target.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size: got {config.draft_vocab_size}, wanted at most the model's {target.vocab_size} tokens."
+            )
+        self.config = config
+        blocks = 1 if config.shared_module else config.depth
+        self.blocks = nn.ModuleList(
+            MTPBlock(target, config.fusion_order, config.chain_raw, config.initialisation) for _ in range(blocks)
+        )
+        ids = None
+        if config.draft_vocab_size is not None:  # until set_draft_vocabulary: the lowest ids, often bytes and short words
+            ids = torch.arange(config.draft_vocab_size, device=target.device)
+        self.register_buffer("draft_vocab_ids", ids)
+
+    def set_draft_vocabulary(self, ids_M: Tensor) -> None:
+        """Which tokens are drafted: sorted ids, as many as draft_vocab_size says."""
+        if self.draft_vocab_ids is None or ids_M.shape != self.draft_vocab_ids.shape:
+            raise ValueError(f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}.")
+        self.draft_vocab_ids.copy_(ids_M)
+
+    def block(self, depth: int) -> MTPBlock:
+        """The block of a depth (1-based)."""
+        return self.blocks[0 if self.config.shared_module else depth - 1]
+
+    def source(self, rows: TargetRows) -> Tensor:
+        """h^0 of the chain."""
+        if self.config.hidden_source == "post_norm":
+            return rows.post_norm_BRD
+        assert rows.pre_norm_BRD is not None, "the target's forward must capture the states before its final norm"
+        return rows.pre_norm_BRD
+
+    def depth_states(
+        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
+    ) -> Iterator[Tensor]:
+        """h^k for k = 1..depths: [B, T, D] each, what the output head reads. detach keeps gradient from the embeddings."""
+        for block in self.blocks:
+            block.masks.begin_text(batch.document_BT)
+        hidden_BTD = source_BTD
+        for k in range(1, (depths or self.config.depth) + 1):
+            ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
+            embedding_BTD = target.embed(ids_BT)
+            if detach:
+                embedding_BTD = embedding_BTD.detach()
+            embedding_BTD = embedding_BTD * inside_BT[..., None].to(embedding_BTD.dtype)
+            block = self.block(k)
+            places = target.position_embeddings(hidden_BTD, batch.position_ids_BT, block.layer_type)
+            state_BTD, hidden_BTD = block(embedding_BTD, hidden_BTD, places, batch.position_ids_BT)
+            yield state_BTD
+
+    def labels(self, batch: Batch) -> Tensor:
+        """[B, T, K] labels of the depths, IGNORE_INDEX where a depth has nothing to learn."""
+        return future_labels(batch.labels_BT, batch.document_BT, self.config.depth)
+
+    def losses(
+        self, target: Target, batch: Batch, rows: TargetRows, *, detach: bool, supervision: Supervision, kind: LossKind
+    ) -> list[LossSum]:
+        """One LossSum a depth. detach: `standalone`, no gradient to states, embeddings or output head of the target."""
+        head_VD = target.head.weight.detach() if detach else target.head.weight
+        source_BTD, post_BTD = self.source(rows), rows.post_norm_BRD.detach()
+        labels_BTK = self.labels(batch)
+        if supervision == "teacher_hard":
+            labels_BTK = self._argmax_labels(target, labels_BTK, post_BTD)
+        student_MD = head_VD
+        if self.draft_vocab_ids is not None:
+            student_MD = head_VD.index_select(0, self.draft_vocab_ids)
+            if supervision != "teacher":
+                labels_BTK = self._to_draft_ids(labels_BTK, target.vocab_size)
+        bias_M = getattr(target.head, "bias", None)
+        if bias_M is not None:
+            bias_M = bias_M.detach() if detach else bias_M
+            bias_M = bias_M if self.draft_vocab_ids is None else bias_M.index_select(0, self.draft_vocab_ids)
+        T, D = post_BTD.shape[1], post_BTD.shape[2]
+        out = []
+        for k, state_BTD in enumerate(
+            self.depth_states(target, batch, source_BTD.detach() if detach else source_BTD, detach), start=1
+        ):
+            teacher = {}
+            if supervision == "teacher":
+                at = torch.arange(post_BTD.shape[0] * T, device=post_BTD.device)
+                teacher = {
+                    "teacher_hidden_ND": post_BTD.reshape(-1, D),
+                    "teacher_weight_MD": student_MD.detach(),
+                    "teacher_bias_M": None if bias_M is None else bias_M.detach(),
+                    # position i of depth k learns from what the target says k later; past the row's end nothing counts
+                    "teacher_rows_N": torch.where(at % T + k < T, at + k, at),
+                }
+            out.append(
+                linear_loss(
+                    state_BTD.reshape(-1, D),
+                    student_MD,
+                    labels_N=labels_BTK[..., k - 1].reshape(-1),
+                    kind=kind,
+                    bias_M=bias_M,
+                    softcap=target.softcap,
+                    logit_scale=target.logit_scale,
+                    **teacher,
+                )
+            )
+        return out
+
+    def _to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
+        table_V = labels.new_full((vocab_size,), IGNORE_INDEX)
+        table_V[self.draft_vocab_ids] = torch.arange(len(self.draft_vocab_ids), device=labels.device)
+        return torch.where(labels == IGNORE_INDEX, labels, table_V[labels.clamp(min=0)])
+
+    @torch.no_grad()
+    def _argmax_labels(self, target: Target, labels_BTK: Tensor, post_BTD: Tensor) -> Tensor:
+        """The target's own choice in each counted label's place, a chunk of rows at a time."""
+        choices_BT = labels_BTK.new_full(post_BTD.shape[:2], IGNORE_INDEX)
+        T = choices_BT.shape[1]
+        needed_BT = torch.zeros_like(choices_BT, dtype=torch.bool)
+        for k in range(1, labels_BTK.shape[2] + 1):
+            needed_BT[:, k:] |= labels_BTK[:, : T - k, k - 1] != IGNORE_INDEX
+        at = needed_BT.nonzero()
+        for part in at.split(256):
+            choices_BT[part[:, 0], part[:, 1]] = target.logits(post_BTD[part[:, 0], part[:, 1]]).argmax(-1)
+        out_BTK = torch.full_like(labels_BTK, IGNORE_INDEX)
+        for k in range(1, labels_BTK.shape[2] + 1):
+            counted_BT = labels_BTK[:, : T - k, k - 1] != IGNORE_INDEX
+            out_BTK[:, : T - k, k - 1] = torch.where(counted_BT, choices_BT[:, k:], IGNORE_INDEX)
+        return out_BTK
+
+    @torch.no_grad()
+    def draft_logits(self, target: Target, batch: Batch, rows: TargetRows) -> Tensor:
+        """[B, T, K, V]: what depth k says at t about token t+1+k; -inf for tokens outside the draft vocabulary."""
+        out = []
+        for state_BTD in self.depth_states(target, batch, self.source(rows), detach=True):
+            logits = target.logits(state_BTD)
+            if self.draft_vocab_ids is not None:
+                kept = torch.full_like(logits, float("-inf"))
+                kept[..., self.draft_vocab_ids] = logits[..., self.draft_vocab_ids]
+                logits = kept
+            out.append(logits)
+        return torch.stack(out, dim=2)
+
+    def drafter(self, target: Target, sample: bool = False) -> SequentialDrafter:
+        """A drafter over the module's current weights; sample: draw drafts from its distribution instead of argmax."""
+        return SequentialDrafter(self, target, sample)
+
+
+class SequentialDrafter:
+    """Drafts a chain: depth k reads position j's state of depth k-1 and token j+k, drafted where it is not known yet.
+
+    Rows whose tokens were drafts that the target then refused are computed again with the true tokens: done counts,
+    for each depth and slot, the leading rows that saw only true tokens.
+    """
+
+    name = "mtp"
+
+    def __init__(self, module: SequentialModule, target: Target, sample: bool = False) -> None:
+        self.module, self.target, self.sample = module, target, sample
+        self.generator: torch.Generator | None = None
+        self._view = fast_view(module)
+        self._masks = RowMasks()
+        self._masks.hang_on(self._view)
+        self._head = self._draft_head()
+        self.calls = 0  # forwards of one block, for tests and reports
+
+    def _draft_head(self) -> nn.Module:
+        ids, head = self.module.draft_vocab_ids, self.target.head
+        if ids is None:
+            return self.target.view().get_output_embeddings()
+        small = nn.Linear(head.in_features, len(ids), bias=head.bias is not None, device=self.target.device)
+        small.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)
+        if head.bias is not None:
+            small.bias = nn.Parameter(head.bias.detach()[ids], requires_grad=False)
+        return fast_view(nn.Sequential(small))[0]
+
+    def open(self, slots: int, capacity: int) -> None:
+        """See Drafter."""
+        self.slots, self.capacity = slots, capacity
+        D = self.target.hidden_size
+        self._new_states = lambda: torch.zeros(slots * capacity + 1, D, device=self.target.device, dtype=self.target.dtype)
+        self._states = [self._new_states()]  # h^0, h^1, ... of every position of every slot; the last row is spare
+        self._caches: list[SlotCache] = []
+        self._done: list[list[int]] = []
+
+    def start(self, slot: int) -> None:
+        """A new sequence takes this slot."""
+        for done in self._done:
+            done[slot] = 0
+
+    def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
+        """See Drafter."""
+        hidden_BRD = self.module.source(rows)
+        at, picked = [], []
+        for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
+            start = sequence.slot * self.capacity + sequence.cached - len(path)
+            at.extend(range(start, start + len(path)))
+            picked.extend(b * hidden_BRD.shape[1] + row for row in path)
+        flat_ND = hidden_BRD.reshape(-1, hidden_BRD.shape[2])
+        if picked != list(range(flat_ND.shape[0])):
+            flat_ND = flat_ND[torch.tensor(picked, device=flat_ND.device)]
+        self._states[0].index_copy_(0, torch.tensor(at, device=flat_ND.device), flat_ND)
+
+    @torch.no_grad()
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
+        """See Drafter."""
+        drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
+        wanted = list(lengths)
+        for k in range(1, max(lengths, default=0) + 1):
+            for b, draft in enumerate(drafts):
+                if wanted[b] >= k and (len(draft) < k - 1 or (worth is not None and not worth(self.name, b, draft))):
+                    wanted[b] = k - 1
+            if max(wanted) < k:
+                break
+            probs_BM = torch.softmax(self._step(sequences, drafts, k, wanted).float(), dim=-1)
+            if self.sample:
+                chosen_B = torch.multinomial(probs_BM, 1, generator=self.generator)[:, 0]
+                confidence_B = probs_BM.gather(1, chosen_B[:, None])[:, 0]
+            else:
+                confidence_B, chosen_B = probs_BM.max(dim=-1)
+            ids = self.module.draft_vocab_ids
+            tokens = (chosen_B if ids is None else ids[chosen_B]).tolist()
+            for b, (token, confidence) in enumerate(zip(tokens, confidence_B.tolist(), strict=True)):
+                if wanted[b] >= k:
+                    drafts[b].tokens.append(token)
+                    drafts[b].parents.append(k - 2)
+                    drafts[b].confidence.append(confidence)
+                    drafts[b].sources.append(self.name)
+                    if drafts[b].probs is not None:
+                        drafts[b].probs.append(self._spread(probs_BM[b]))
+        return drafts
+
+    def _spread(self, probs_M: Tensor) -> Tensor:
+        ids = self.module.draft_vocab_ids
+        if ids is None:
+            return probs_M
+        return probs_M.new_zeros(self.target.vocab_size).index_copy_(0, ids, probs_M)
+
+    def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
+        """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""
+        self._reach(k)
+        done, C, device = self._done[k - 1], self.capacity, self.target.device
+        counts = [s.cached - done[s.slot] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
+        R = max(counts)
+        ids, at = [], []
+        for b, sequence in enumerate(sequences):
+            start, known, n = done[sequence.slot], sequence.tokens, sequence.cached
+            row_ids = known[start + k : start + k + counts[b]]
+            row_ids = row_ids + drafts[b].tokens[: counts[b] - len(row_ids)]  # the newest rows read drafts
+            ids.append(row_ids + [0] * (R - counts[b]))
+            first = sequence.slot * C + start
+            at.append(list(range(first, first + counts[b])) + [self.slots * C] * (R - counts[b]))
+            if counts[b]:
+                done[sequence.slot] = max(start, n - k + 1)
+        lengths_B = torch.tensor([s.cached - c for s, c in zip(sequences, counts, strict=True)], device=device)
+        valid_rows_B = None if min(counts) == R else torch.tensor(counts, device=device)
+        at_N = torch.tensor(at, device=device).reshape(-1)
+        hidden_BRD = self._states[k - 1][at_N].view(len(sequences), R, -1)
+        positions_BR = lengths_B[:, None] + torch.arange(R, device=device)
+        visible = max(s.cached for s in sequences)
+        visible = max(visible, max(s.cached - c for s, c in zip(sequences, counts, strict=True)) + R)
+        valid_BR = None if valid_rows_B is None else torch.arange(R, device=device) < valid_rows_B[:, None]
+        cache = self._caches[k - 1]
+        cache.begin(sequences[0].slot, lengths_B, valid_BR, R, visible)
+        self._masks.begin(lengths_B, visible, R, valid_rows_B=valid_rows_B, full=R == 1 and len(sequences) == 1)
+        block = self._view.block(k)
+        places = self.target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
+        embedding_BRD = self.target.embed(torch.tensor(ids, device=device))
+        state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
+        self._states[k].index_copy_(0, at_N, chained_BRD.reshape(-1, chained_BRD.shape[2]))
+        self.calls += 1
+        newest = torch.tensor([max(c, 1) - 1 for c in counts], device=device)
+        logits_BM = self._head(state_BRD[torch.arange(len(sequences), device=device), newest])
+        if self.target.logit_scale != 1.0:
+            logits_BM = logits_BM * self.target.logit_scale
+        if self.target.softcap is not None:
+            logits_BM = torch.tanh(logits_BM / self.target.softcap) * self.target.softcap
+        return logits_BM
+
+    def _reach(self, depth: int) -> None:
+        while len(self._caches) < depth:
+            self._caches.append(SlotCache(self.slots, self.capacity))
+            self._done.append([0] * self.slots)
+            self._states.append(self._new_states())
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See Drafter."""
+        C = self.capacity
+        for states in self._states:
+            states[target * C : target * C + length] = states[source * C : source * C + length]
+        for cache, done in zip(self._caches, self._done, strict=True):
+            cache.move(source, target, length)
+            done[target] = done[source]

@@ -1,0 +1,105 @@
+"""One sequential MTP module (DeepSeek-V3 report, arXiv 2412.19437, section 2.2): fuse, one decoder layer, norm."""
+
+# B sequences, T positions (or R rows), D hidden width.
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from foretell.models.attention import RowMasks
+from foretell.models.slot_cache import SlotCache
+from foretell.models.target import Target
+
+FusionOrder = Literal["embedding_hidden", "hidden_embedding"]
+
+
+class MTPBlock(nn.Module):
+    """h^k = norm(Block(W [enorm(E(t_{i+k})) | hnorm(h^{k-1}_i)])), the block being the target's own layer class.
+
+    forward returns (what the head reads, what the next depth receives).
+    """
+
+    def __init__(self, target: Target, order: FusionOrder, chain_raw: bool, initialisation: str) -> None:
+        super().__init__()
+        D, like = target.hidden_size, target.head.weight
+        self.order, self.chain_raw = order, chain_raw
+        self.enorm, self.hnorm = _fresh_norm(target.norm), _fresh_norm(target.norm)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=like.dtype)
+        block, self.layer_type = target.block_copy()
+        self.block = block
+        # GPT-NeoX's layers call their cache by an older name
+        names = inspect.signature(type(block).forward).parameters
+        self.cache_name = "layer_past" if "layer_past" in names else "past_key_values"
+        self.norm = copy.deepcopy(target.norm)
+        self.masks = RowMasks()
+        self.masks.hang_on(block)
+        self._initialise(target, initialisation)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def _initialise(self, target: Target, how: str) -> None:
+        D = target.hidden_size
+        hidden_half = slice(0, D) if self.order == "hidden_embedding" else slice(D, 2 * D)
+        std = getattr(target.config, "initializer_range", 0.02) or 0.02
+        if how == "identity":  # the block starts as a second reading of the hidden state by the target's last layer
+            self.eh_proj.weight.zero_()
+            self.eh_proj.weight[:, hidden_half] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
+        elif how in ("copy", "random"):
+            self.eh_proj.weight.normal_(std=std)
+        if how == "random":
+            for module in self.block.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.dim() >= 2:
+                        parameter.normal_(std=std)
+                    elif name == "bias":
+                        parameter.zero_()
+            _reset_norm(self.norm)
+
+    def forward(
+        self,
+        embedding_BTD: Tensor,
+        hidden_BTD: Tensor,
+        position_embeddings: Any,
+        position_ids_BT: Tensor,
+        cache: SlotCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All [B, T, D]; what a row sees stands in the RowMasks that hang on the block."""
+        dtype = self.eh_proj.weight.dtype  # fp32 master weights may stand beside a bf16 target
+        embedding, hidden = self.enorm(embedding_BTD.to(dtype)), self.hnorm(hidden_BTD.to(dtype))
+        halves = (hidden, embedding) if self.order == "hidden_embedding" else (embedding, hidden)
+        raw = self.block(
+            self.eh_proj(torch.cat(halves, dim=-1)),
+            attention_mask=None,
+            position_ids=position_ids_BT,
+            position_embeddings=position_embeddings,
+            use_cache=cache is not None,
+            **{self.cache_name: cache},
+        )
+        raw = raw[0] if isinstance(raw, tuple) else raw
+        normed = self.norm(raw).to(hidden_BTD.dtype)
+        return normed, (raw.to(hidden_BTD.dtype) if self.chain_raw else normed)
+
+
+def _reset_norm(norm: nn.Module) -> None:
+    """Weight to the value that multiplies by one: found on numbers, since Gemma's norms are zero-centred."""
+    weight = norm.weight
+    with torch.no_grad():
+        weight.fill_(1.0)
+        probe = torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        probe[0, ::2] = -1.0
+        if norm(probe).abs().mean() > 1.5:
+            weight.zero_()
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data.zero_()
+
+
+def _fresh_norm(norm: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(norm)
+    _reset_norm(fresh)
+    return fresh

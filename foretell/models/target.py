@@ -1,0 +1,242 @@
+"""The one seam to transformers: what the target model gives, and its forward over rows of a token tree.
+
+Everything that transformers renames lands here. Models are used through their extension points (own Cache, registered
+attention function, ready positions); no modelling file is copied.
+"""
+
+# B sequences, T positions, R rows of a step, L visible columns, D hidden width, V vocabulary, N rows flattened.
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foretell.models.attention import NAME, RowMasks
+from foretell.models.fast import fast_view, weights_version
+from foretell.models.slot_cache import SlotCache
+
+_RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
+
+
+@dataclass
+class TargetRows:
+    """What one forward gives: states after the final norm, and before it where they were asked for."""
+
+    post_norm_BRD: Tensor
+    pre_norm_BRD: Tensor | None
+
+
+class UnsupportedModelError(ValueError):
+    """The target's architecture has no place for an MTP module, and why."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal LM below adapters (PEFT) and parallel wrappers; adapters inside it stay active."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+def _refuse(model: nn.Module) -> None:
+    config, name = getattr(model, "config", None), type(model).__name__
+    want = "a decoder-only causal LM with standard attention and rotary positions (Llama, Qwen, Mistral, Gemma, ...)"
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedModelError(f"got {name}, wanted {want} from transformers: load one with AutoModelForCausalLM.")
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} ({config.model_type}) is an encoder-decoder; wanted {want}.")
+    kinds = {str(kind) for kind in (getattr(text, "layer_types", None) or [])}
+    other = sorted(kind for kind in kinds if any(word in kind for word in _RECURRENT))
+    if other or getattr(model, "_is_stateful", False) or any(word in config.model_type for word in ("mamba", "rwkv")):
+        why = f"layers of kind {', '.join(other)}" if other else "a recurrent state"
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) has {why}: linear-attention and state-space models cannot roll back rejected "
+            f"drafts and are not supported. Wanted {want}."
+        )
+    if model.get_output_embeddings() is None or not hasattr(model.get_decoder(), "rotary_emb"):
+        raise UnsupportedModelError(f"{name} ({config.model_type}) has no output head or no rotary positions; wanted {want}.")
+
+
+class Target:
+    """Wraps an AutoModelForCausalLM. Holds no parameters of its own.
+
+    Raises UnsupportedModelError, by name, for what cannot work.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = unwrap(model)
+        _refuse(base)
+        self.model = base
+        self.config = base.config.get_text_config()
+        self.decoder = base.get_decoder()
+        self.layers: nn.ModuleList = self.decoder.layers
+        self.norm: nn.Module = next(
+            getattr(self.decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(self.decoder, n)
+        )
+        self.embed_tokens: nn.Module = base.get_input_embeddings()
+        self.head: nn.Module = base.get_output_embeddings()
+        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0)
+        if getattr(self.config, "logits_scaling", None):  # Granite divides
+            self.logit_scale /= float(self.config.logits_scaling)
+        self._rotary_by_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        self._view: nn.Module | None = None
+        self._version: tuple[int, ...] | None = None
+        self._masks = RowMasks()
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a module must find again: architecture and sizes (errors), weights (a warning)."""
+        digest = hashlib.sha256()
+        for tensor in (self.head.weight, next(self.layers[-1].parameters())):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu()
+            digest.update(sample.numpy().tobytes())
+        return {
+            "architecture": type(self.model).__name__,
+            "model_type": self.config.model_type,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": len(self.layers),
+            "weights": digest.hexdigest()[:16],
+        }
+
+    # -- parts that a module borrows -----------------------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[...] -> [..., D], scaled as the model scales its embeddings."""
+        return self.embed_tokens(input_ids)
+
+    def logits(self, post_norm_ND: Tensor, view: bool = False) -> Tensor:
+        """[..., D] after the final norm -> [..., V], with the model's scaling and soft-capping."""
+        head = self.view().get_output_embeddings() if view else self.head
+        logits = head(post_norm_ND)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def position_embeddings(self, hidden_BTD: Tensor, position_ids_BT: Tensor, layer_type: str | None = None) -> Any:
+        """What the decoder's layers take as position_embeddings; per layer type where the model has several (Gemma 3)."""
+        rotary = self.decoder.rotary_emb
+        if self._rotary_by_type:
+            return rotary(hidden_BTD, position_ids_BT, layer_type)
+        return rotary(hidden_BTD, position_ids_BT)
+
+    def block_copy(self) -> tuple[nn.Module, str | None]:
+        """A copy of the last decoder layer that attends through our function, and its layer type.
+
+        The copy owns its parameters and its config.
+        """
+        last = self.layers[-1]
+        config = copy.copy(self.config)
+        config._attn_implementation_internal = NAME
+        memo = {id(self.config): config}
+        block = copy.deepcopy(last, memo)
+        for module in block.modules():
+            if getattr(module, "config", None) is not None and hasattr(module, "layer_idx"):
+                module.config = config
+        kinds = getattr(self.config, "layer_types", None)
+        return block, (kinds[-1] if kinds else None)
+
+    # -- forwards ------------------------------------------------------------------------------------------------------
+
+    def forward_text(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> TargetRows:
+        """Ordinary text with the model's own attention; positions that restart begin a new packed document.
+
+        Right padding must look like documents of its own (positions 0), which no other token attends to.
+        """
+        captured: list[Tensor] = []
+        handle = self.norm.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
+        try:
+            out = self.decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False)
+        finally:
+            handle.remove()
+        return TargetRows(out.last_hidden_state, captured[0])
+
+    def refresh(self) -> None:
+        """Make the fast module tree anew if the weights have changed. Once a decoding call: the check takes milliseconds."""
+        if self._view is not None and weights_version(self.model) != self._version:
+            self.release()
+        self.view()
+
+    def view(self) -> nn.Module:
+        """The fast module tree: the same weights, through our attention function and fast parts."""
+        if self._view is None:
+            self._view, self._version = fast_view(self.model), weights_version(self.model)
+            config = self._view.config.get_text_config()
+            config._attn_implementation_internal = NAME
+            self._masks.hang_on(self._view)
+            decoder = self._view.get_decoder()
+            norm = next(getattr(decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n))
+            norm.register_forward_pre_hook(self._capture)
+        return self._view
+
+    def release(self) -> None:
+        """Forget the fast module tree and its packed weights."""
+        self._view = self._version = None
+
+    def _capture(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._pre_norm = args[0]
+
+    @torch.no_grad()
+    def forward_rows(
+        self,
+        input_ids_BR: Tensor,
+        lengths_B: Tensor,
+        cache: SlotCache,
+        *,
+        first: int = 0,
+        position_ids_BR: Tensor | None = None,
+        parents_BR: Tensor | None = None,
+        valid_rows_B: Tensor | None = None,
+        visible: int,
+        full: bool = False,
+    ) -> TargetRows:
+        """One forward over rows of a token tree, on top of lengths_B cached tokens of slots first, first + 1, ...
+
+        parents_BR None: each sequence's rows are a chain of valid_rows_B rows (all of them if None). visible is the
+        number of cache columns in use after this step. full: nothing is hidden from any row, so no mask is needed.
+        """
+        view = self.view()
+        R = input_ids_BR.shape[1]
+        if position_ids_BR is None:
+            position_ids_BR = lengths_B[:, None] + torch.arange(R, device=lengths_B.device)
+        valid_BR = None
+        if valid_rows_B is not None:
+            valid_BR = torch.arange(R, device=lengths_B.device) < valid_rows_B[:, None]
+        cache.begin(first, lengths_B, valid_BR, R, visible)
+        self._masks.begin(lengths_B, visible, R, parents_BR=parents_BR, valid_rows_B=valid_rows_B, full=full)
+        decoder = view.get_decoder()
+        out = decoder(
+            input_ids=input_ids_BR, position_ids=position_ids_BR, past_key_values=cache, use_cache=True, return_dict=True
+        )
+        return TargetRows(out.last_hidden_state, self._pre_norm)

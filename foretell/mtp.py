@@ -1,0 +1,314 @@
+"""MTPModel: a target model together with its MTP module, as PeftModel is a model together with its adapter."""
+
+# B sequences, T positions, K depths, D hidden width, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from foretell.checkpoint import check_target, load_tensors, read_config, save_module
+from foretell.data.collate import to_batch
+from foretell.decoding.adaptive import CostCurve
+from foretell.decoding.compose import Composed
+from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
+from foretell.decoding.lookup import PromptLookup
+from foretell.decoding.loop import Decoder
+from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
+from foretell.models.fast import weights_version
+from foretell.models.target import Target, TargetRows
+from foretell.ops.losses import linear_loss
+from foretell.ops.shift import next_labels
+from foretell.types import Drafter, LossSum
+
+
+class MTPModel(nn.Module):
+    """`model` is the target, `module` what looks further ahead. The target's weights are never copied."""
+
+    def __init__(self, model: nn.Module, config: MTPConfig) -> None:
+        super().__init__()
+        self.mtp_config = config
+        self.model = model
+        self.target = Target(model)
+        self.module = config.build(self.target)
+        self.notes: dict[str, Any] = {}  # what trained it; saved with it
+        self._decoder: Decoder | None = None
+        self._drafters: dict[tuple[str, bool], tuple[tuple[int, ...], Drafter]] = {}
+        self._curve: CostCurve | None = None
+
+    @property
+    def config(self) -> Any:
+        """The target's config, as transformers' Trainer wants to see it."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target is."""
+        return self.target.device
+
+    # -- storage -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write mtp_config.json and mtp_model.safetensors; the target is not copied.
+
+        state_dict: the module's tensors gathered elsewhere (sharded training).
+        """
+        save_module(self.module, self.mtp_config, self.target, folder, self.notes, state_dict)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str | Path) -> MTPModel:
+        """Load a module onto its target.
+
+        Raises ValueError for another architecture, size or vocabulary and for missing, unknown or misshapen tensors, by
+        name; warns when the target's weights are others than the module was trained for.
+        """
+        about = read_config(folder)
+        mtp = cls._fitting(model, about, folder)
+        load_tensors(mtp.module, folder)
+        mtp.notes = about.get("notes") or {}
+        return mtp
+
+    @classmethod
+    def _fitting(cls, model: nn.Module, about: dict[str, Any], folder: str | Path) -> MTPModel:
+        check_target(about, Target(model), folder)
+        return cls(model, MTPConfig.from_any(about["config"]))
+
+    @classmethod
+    def from_native(cls, model: nn.Module, folder: str | Path) -> MTPModel:
+        """MTP weights that a checkpoint folder already carries and transformers drops on load. See foretell/native.py."""
+        from foretell.native import read_native
+
+        config, fill = read_native(Target(model), folder)
+        mtp = cls(model, config)
+        fill(mtp.module)
+        return mtp
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *,
+        mtp_training_mode: GradientMode = "standalone",
+        mtp_supervision: Supervision = "labels",
+        mtp_loss: LossKind = "ce",
+        train_target: bool = False,
+        **inputs: Tensor,
+    ) -> dict[str, Any]:
+        """Sums and counts of the losses; nothing is divided here (training/objective.py does that, once).
+
+        inputs as made by MTPCollator. Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth}.
+        """
+        batch = to_batch(inputs)
+        detach = mtp_training_mode != "joint"
+        if batch.hidden_BTD is not None:
+            rows = self._kept_rows(batch.hidden_BTD)
+        else:
+            with nullcontext() if train_target else torch.no_grad():
+                rows = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+        ntp: LossSum | None = None
+        if train_target:
+            ntp = linear_loss(
+                rows.post_norm_BRD.reshape(-1, self.target.hidden_size),
+                self.target.head.weight,
+                labels_N=next_labels(batch.labels_BT, batch.document_BT).reshape(-1),
+                bias_M=getattr(self.target.head, "bias", None),
+                softcap=self.target.softcap,
+                logit_scale=self.target.logit_scale,
+            )
+        mtp = []
+        with torch.no_grad() if mtp_training_mode == "disabled" else nullcontext():
+            mtp = self.module.losses(
+                self.target, batch, rows, detach=detach, supervision=mtp_supervision, kind=mtp_loss
+            )
+        return {"ntp": ntp, "mtp": mtp}
+
+    def _kept_rows(self, hidden_BTD: Tensor) -> TargetRows:
+        """States that were kept while the target decoded: those that the module reads."""
+        hidden_BTD = hidden_BTD.to(self.target.dtype)
+        if self.mtp_config.hidden_source == "post_norm":
+            return TargetRows(hidden_BTD, None)
+        with torch.no_grad():
+            return TargetRows(self.target.norm(hidden_BTD), hidden_BTD)
+
+    @torch.no_grad()
+    def draft_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T, K, V], teacher-forced: what depth k = 1..K says at position t about token t + 1 + k.
+
+        The last entries of a row speak of tokens that are not there yet and read embeddings that are not either (zeros).
+        For small inputs, analysis and tests: it holds B * T * K * V numbers.
+        """
+        inputs = {"input_ids": input_ids.to(self.device)}
+        inputs["attention_mask"] = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(
+            self.device
+        )
+        batch = to_batch(inputs)
+        was_training = self.training
+        self.eval()
+        rows = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+        out = self.module.draft_logits(self.target, batch, rows)
+        self.train(was_training)
+        return out
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        num_draft_tokens: int | str | None = None,
+        policy: str = "lossless",
+        drafter: str | Drafter | Sequence[Drafter] = "mtp",
+        draft_sample_method: str = "greedy",
+        generator: torch.Generator | None = None,
+        streamer: Any = None,
+        slots: int = 64,
+        **kwargs: Any,
+    ) -> Tensor | MTPGenerateOutput:
+        """As transformers' generate, several tokens a forward. Returns LongTensor [B, prompt + new], or an
+        MTPGenerateOutput (sequences, stats) with return_dict_in_generate=True.
+
+        num_draft_tokens: drafts a verification; the module's depth if None, 0 is drafting off, "auto" adapts to the
+        machine's cost curve and to what gets accepted. policy: "lossless" (greedy: the target's own output; sampling:
+        its distribution) or a lossy one. drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects. draft_sample_method:
+        "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module's distribution). slots: sequences
+        decoded at once; a larger batch is worked off continuously. generator: seeds sampling.
+        Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
+        tokenizer, ...). Raises ValueError naming what it cannot honour (beams, constraints, ...).
+        """
+        run = custom_generate(
+            self,
+            num_draft_tokens=num_draft_tokens,
+            policy=policy,
+            drafter=drafter,
+            draft_sample_method=draft_sample_method,
+            generator=generator,
+            slots=slots,
+            streamer=streamer,
+        )
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None:
+            raise ValueError("foretell's generate cannot honour: assistant_model. Its own drafters stand in `drafter`.")
+        _own_stop_strings(kwargs, self.model)
+        was_training = self.training
+        self.eval()
+        try:
+            return self.model.generate(inputs, custom_generate=run, **kwargs)
+        finally:
+            self.train(was_training)
+
+    def drafter(self, sample: bool = False) -> Drafter:
+        """A drafter over the module's current weights, kept until they change."""
+        version, key = weights_version(self.module), ("mtp", sample)
+        if key not in self._drafters or self._drafters[key][0] != version:
+            self._drafters[key] = (version, self.module.drafter(self.target, sample))
+        return self._drafters[key][1]
+
+    def cost_curve(self) -> CostCurve:
+        """Seconds of one target forward against its rows, measured on first use."""
+        if self._curve is None:
+            self._curve = CostCurve.measure(self.target)
+        return self._curve
+
+    def decoder(self, drafter: Drafter | None) -> Decoder:
+        """The decoder, its caches kept between calls."""
+        if self._decoder is None:
+            self._decoder = Decoder(self.target)
+        self._decoder.drafter = drafter
+        self._decoder.watchers = [drafter] if drafter is not None else []
+        return self._decoder
+
+
+def _own_stop_strings(kwargs: dict[str, Any], model: nn.Module) -> None:
+    """transformers 5.23 loses `tokenizer` on the way to a custom_generate, so the criterion is made here."""
+    settings = kwargs.get("generation_config") or model.generation_config
+    strings = kwargs.pop("stop_strings", None) or getattr(settings, "stop_strings", None)
+    tokenizer = kwargs.pop("tokenizer", None)
+    if not strings:
+        return
+    if tokenizer is None:
+        raise ValueError("stop_strings need the model's tokenizer: pass tokenizer=... to generate.")
+    if kwargs.get("generation_config") is not None and kwargs["generation_config"].stop_strings:
+        import copy
+
+        kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
+        kwargs["generation_config"].stop_strings = None
+    given = list(kwargs.pop("stopping_criteria", None) or [])
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
+
+
+def _drafter_of(mtp: MTPModel, drafter: Any, sample: bool) -> Drafter:
+    if isinstance(drafter, str):
+        names = drafter.split("+")
+        unknown = [name for name in names if name not in ("mtp", "lookup")]
+        if unknown:
+            raise ValueError(f"drafter: got {drafter!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or Drafter objects.")
+        drafter = [mtp.drafter(sample) if name == "mtp" else PromptLookup() for name in names]
+    drafters = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
+    return drafters[0] if len(drafters) == 1 else Composed(drafters)
+
+
+def custom_generate(
+    mtp: MTPModel,
+    *,
+    num_draft_tokens: int | str | None = None,
+    policy: str = "lossless",
+    drafter: str | Drafter | Sequence[Drafter] = "mtp",
+    draft_sample_method: str = "greedy",
+    generator: torch.Generator | None = None,
+    slots: int = 64,
+    streamer: Any = None,
+) -> Callable[..., Tensor | MTPGenerateOutput]:
+    """For transformers' extension point: model.generate(**inputs, custom_generate=foretell.custom_generate(mtp)).
+
+    The arguments are those of MTPModel.generate.
+    """
+    length = mtp.mtp_config.depth if num_draft_tokens is None else num_draft_tokens
+    if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
+        raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
+    if draft_sample_method not in ("greedy", "probabilistic"):
+        raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
+
+    def run(
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: list,
+        stopping_criteria: list,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | MTPGenerateOutput:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
+        return generate_rows(
+            mtp.decoder(None if length == 0 else _drafter_of(mtp, drafter, sample)),
+            input_ids.to(mtp.device),
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            num_draft_tokens=length,
+            policy=policy,
+            generator=generator,
+            streamer=streamer if streamer is not None else callers_streamer(),
+            synced_gpus=synced_gpus,
+            slots=slots,
+            cost_curve=mtp.cost_curve() if length == "auto" else None,
+            **model_kwargs,
+        )
+
+    return run
+
+
+def get_mtp_model(model: nn.Module, config: MTPConfig | dict[str, Any] | str | Path) -> MTPModel:
+    """Give a causal LM an MTP module, as peft.get_peft_model gives it an adapter.
+
+    config: settings, a dict with `method`, a YAML file's path, or a preset's name.
+    Raises UnsupportedModelError for architectures that cannot work, ConfigError for bad settings.
+    """
+    return MTPModel(model, MTPConfig.from_any(config))

@@ -1,0 +1,485 @@
+"""Losses from hidden states and the head's weight: value and gradient in one pass, never logits of all rows.
+
+linear_loss walks over chunks of rows. For each it makes the logits, the loss, the logits' gradient in place, and adds
+what follows for the hidden states and the weight; the backward pass only multiplies by the incoming scalar. It is the
+definition for every faster version, and the path on a CPU. naive_linear_loss is its slow twin: same signature, all
+logits at once, plain autograd.
+
+Logits are scale * (h W^T + b), then softcap * tanh(logits / softcap). With x the student's logits, p their softmax and
+q the softmax of the teacher's logits, a row's loss and its gradient with respect to x are
+
+    ce, label y    logsumexp(x) - x_y                 p - onehot(y)
+    ce, teacher    logsumexp(x) - q.x                 p - q
+    kl             sum q (log q - log p)              p - q
+    reverse_kl     sum p (log p - log q)              p (log p - log q - loss)
+    tv             sum |p - q| / 2                    p (s - p.s),  s = sign(p - q) / 2
+"""
+
+# N rows, C rows of a chunk, U <= C rows of the teacher that a chunk needs, D hidden width, M vocabulary of the head.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from foretell.types import IGNORE_INDEX, LossSum
+
+Kind = Literal["ce", "kl", "reverse_kl", "tv"]
+Weighting = Literal["uniform", "harmonic", "exponential"]
+# bytes of one [C, M] buffer of logits: small enough for a CPU's caches, large enough to fill a GPU
+CHUNK_BYTES_CPU, CHUNK_BYTES_DEVICE = 16 * 2**20, 256 * 2**20
+# below this many rows, reading the head's weight costs more than the products with it
+MIN_CHUNK_ROWS = 64
+
+
+def linear_loss(
+    hidden_ND: Tensor,
+    weight_MD: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    teacher_hidden_ND: Tensor | None = None,
+    teacher_weight_MD: Tensor | None = None,
+    teacher_rows_N: Tensor | None = None,
+    kind: Kind = "ce",
+    bias_M: Tensor | None = None,
+    teacher_bias_M: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    row_weight_N: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> LossSum:
+    """Sum over rows of a loss of softmax(head(hidden)) against labels or a teacher, without [N, M] logits.
+
+    Softmax and losses are computed in fp32 (fp64 for fp64 inputs), matrix products in the type that hidden and weight
+    promote to, or in autocast's under torch.autocast. Gradients go to hidden_ND, weight_MD and bias_M where they
+    require one (the weight's is accumulated in fp32), never to the teacher or to row_weight_N, and once only.
+
+    Args:
+        hidden_ND: [N, D] what the head reads.
+        weight_MD: [M, D] the head's weight.
+        labels_N: [N] long. Rows with IGNORE_INDEX are dropped before any matrix product. Beside a teacher, labels only
+            say which rows count.
+        teacher_hidden_ND: [S, D'] the teacher's states; its width may differ.
+        teacher_weight_MD: [M, D'] the teacher's head, over the same vocabulary.
+        teacher_rows_N: [N] long in [0, S): each row's teacher row. Several rows may share one, whose logits are then
+            made once a chunk, in whatever order the rows come. None: row i learns from teacher row i, and S = N.
+        kind: "ce", "kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "tv" (total variation). All
+            but "ce" need a teacher; "ce" with a teacher is the soft cross-entropy.
+        bias_M, teacher_bias_M: [M] biases of the heads.
+        softcap, logit_scale: of the student's and the teacher's logits alike, since both are the target's head.
+        row_weight_N: [N] factor of each row in the total; counts are not weighted.
+        chunk_rows: C. None: as many as 16 MiB of fp32 logits hold on a CPU, 256 MiB elsewhere, and at least 64.
+
+    Returns:
+        LossSum: total (fp32, differentiable), count and correct (long). No counted row: zeros, and zero gradients.
+
+    Raises:
+        ValueError: unknown kind, missing labels or teacher, shapes that do not fit, labels or rows out of range.
+    """
+    _check(
+        kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
+        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N,
+    )  # fmt: skip
+    rows_N = None if labels_N is None else _counted(labels_N)
+    head = _Head(hidden_ND, weight_MD, bias_M, logit_scale, softcap)
+    teacher = None
+    if teacher_hidden_ND is not None:
+        labels_N = None
+        teacher = _Head(teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, logit_scale, softcap, head.softmax_dtype)
+        if teacher_rows_N is not None:  # rows that share a teacher row come together, so that they share a chunk
+            teacher_rows_N = _pick(teacher_rows_N, rows_N)
+            order_N = teacher_rows_N.argsort(stable=True)
+            rows_N, teacher_rows_N = _pick(rows_N, order_N) if rows_N is not None else order_N, teacher_rows_N[order_N]
+        else:
+            teacher_rows_N = rows_N
+    else:
+        labels_N = _pick(labels_N, rows_N)
+        _check_range("labels_N", labels_N, weight_MD.shape[0], "tokens of the head: map them to its vocabulary")
+    job = _Job(
+        head=head,
+        rows=rows_N,
+        count=len(hidden_ND) if rows_N is None else len(rows_N),
+        chunk_rows=chunk_rows or default_chunk_rows(weight_MD),
+        kind=kind,
+        labels=labels_N,
+        teacher=teacher,
+        teacher_rows=teacher_rows_N,
+        row_weight=None if row_weight_N is None else _pick(row_weight_N.detach(), rows_N),
+        grad_enabled=torch.is_grad_enabled(),
+    )
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # _Head has chosen the types, in the open
+        total, correct = _LinearLoss.apply(hidden_ND, weight_MD, bias_M, job)
+    return LossSum(total, torch.tensor(job.count, device=total.device), correct)
+
+
+def naive_linear_loss(
+    hidden_ND: Tensor,
+    weight_MD: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    teacher_hidden_ND: Tensor | None = None,
+    teacher_weight_MD: Tensor | None = None,
+    teacher_rows_N: Tensor | None = None,
+    kind: Kind = "ce",
+    bias_M: Tensor | None = None,
+    teacher_bias_M: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    row_weight_N: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> LossSum:
+    """linear_loss with all logits at once and plain autograd: the twin that a reader can check by eye."""
+    _check(
+        kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
+        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N,
+    )  # fmt: skip
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = _matmul_dtype(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        x = x.to(_softmax_dtype(dtype)) * logit_scale
+        return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+    x_NM = logits(hidden_ND, weight_MD, bias_M)
+    logp_NM = x_NM.log_softmax(-1)
+    counted_N = torch.ones_like(x_NM[:, 0], dtype=torch.bool) if labels_N is None else labels_N != IGNORE_INDEX
+    if teacher_hidden_ND is None:
+        wanted_N = labels_N.clamp(min=0)
+        loss_N = -logp_NM.gather(1, wanted_N[:, None])[:, 0]
+    else:
+        with torch.no_grad():
+            teacher_NM = logits(teacher_hidden_ND, teacher_weight_MD, teacher_bias_M)
+            teacher_NM = teacher_NM if teacher_rows_N is None else teacher_NM[teacher_rows_N]
+            logq_NM = teacher_NM.log_softmax(-1)
+            wanted_N = teacher_NM.argmax(-1)
+        p_NM, q_NM = logp_NM.exp(), logq_NM.exp()
+        loss_N = {
+            "ce": lambda: -(q_NM * logp_NM).sum(-1),
+            "kl": lambda: (q_NM * (logq_NM - logp_NM)).sum(-1),
+            "reverse_kl": lambda: (p_NM * (logp_NM - logq_NM)).sum(-1),
+            "tv": lambda: 0.5 * (p_NM - q_NM).abs().sum(-1),
+        }[kind]()
+    if row_weight_N is not None:
+        loss_N = loss_N * row_weight_N.detach()
+    right_N = x_NM.argmax(-1) == wanted_N
+    return LossSum(loss_N[counted_N].sum(), counted_N.sum(), (right_N & counted_N).sum())
+
+
+def depth_weights(kind: Weighting, depth: int, beta: float = 0.6) -> list[float]:
+    """Weights of depths k = 1..K, of sum 1: uniform (1/K each), harmonic (like 1/k), exponential (like beta^k).
+
+    exponential with beta = 0.6 is FastMTP's (arXiv 2509.18362, section 3): a nearer token is needed more often.
+
+    Raises:
+        ValueError: unknown kind, depth below 1, beta not above 0.
+    """
+    if kind not in get_args(Weighting):
+        raise ValueError(f"unknown depth weights {kind!r}, choose one of {', '.join(get_args(Weighting))}.")
+    if depth < 1 or beta <= 0:
+        raise ValueError(f"depth weights need depth >= 1 and beta > 0, got depth={depth} and beta={beta}.")
+    weigh = {"uniform": lambda k: 1.0, "harmonic": lambda k: 1.0 / k, "exponential": lambda k: beta ** (k - 1)}[kind]
+    weights = [weigh(k) for k in range(1, depth + 1)]
+    return [w / sum(weights) for w in weights]
+
+
+def default_chunk_rows(weight_MD: Tensor) -> int:
+    """Rows of a chunk of linear_loss: see its chunk_rows."""
+    chunk_bytes = CHUNK_BYTES_CPU if weight_MD.device.type == "cpu" else CHUNK_BYTES_DEVICE
+    return max(MIN_CHUNK_ROWS, chunk_bytes // (4 * weight_MD.shape[0]))
+
+
+# -- one chunk ---------------------------------------------------------------------------------------------------------
+
+
+class _Buffers:
+    """[C, M] scratch that lives for one loss: without it each chunk would pay for fresh pages."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self._shape, self._device = (rows, columns), device
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        if (name, dtype) not in self._kept:
+            self._kept[name, dtype] = torch.empty(self._shape, dtype=dtype, device=self._device)
+        return self._kept[name, dtype][:rows]
+
+
+class _Head:
+    """States and an output head: logits of some of its rows, in the type that softmax wants."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight_MD: Tensor,
+        bias_M: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        softmax_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = _matmul_dtype(hidden, weight_MD)
+        self.softmax_dtype = _softmax_dtype(self.dtype) if softmax_dtype is None else softmax_dtype
+        self.hidden = hidden.detach()
+        self.weight_MD = weight_MD.detach().to(self.dtype)
+        self.bias_M = None if bias_M is None else bias_M.detach().to(self.dtype)
+        self.scale, self.softcap = scale, softcap
+
+    def logits(self, hidden_CD: Tensor, name: str, buffers: _Buffers) -> Tensor:
+        """[C, M] in the buffer of that name."""
+        x_CM = buffers(name, len(hidden_CD), self.softmax_dtype)
+        low_CM = x_CM if self.dtype == x_CM.dtype else buffers("low", len(hidden_CD), self.dtype)
+        if self.bias_M is None:
+            torch.mm(hidden_CD, self.weight_MD.t(), out=low_CM)
+        else:
+            torch.addmm(self.bias_M, hidden_CD, self.weight_MD.t(), out=low_CM)
+        if low_CM is not x_CM:
+            x_CM.copy_(low_CM)
+        if self.scale != 1.0:
+            x_CM.mul_(self.scale)
+        if self.softcap is not None:
+            x_CM.div_(self.softcap).tanh_().mul_(self.softcap)
+        return x_CM
+
+
+@dataclass
+class _Job:
+    """What _LinearLoss needs beside the tensors that get a gradient. The counted rows, in the order of the work."""
+
+    head: _Head
+    rows: Tensor | None  # None: all, as they stand
+    count: int
+    chunk_rows: int
+    kind: Kind
+    labels: Tensor | None
+    teacher: _Head | None
+    teacher_rows: Tensor | None  # None: as rows, all as they stand
+    row_weight: Tensor | None
+    grad_enabled: bool
+
+
+def _softmax(x_CM: Tensor, name: str, buffers: _Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """(probabilities in the buffer of that name, logsumexp_C, argmax_C), with three reads of x."""
+    top_C, best_C = x_CM.max(-1)
+    p_CM = buffers(name, len(x_CM), x_CM.dtype)
+    torch.softmax(x_CM, -1, out=p_CM)
+    # the largest probability is at least 1/M, so its logarithm is exact enough to give logsumexp without a fourth read
+    return p_CM, top_C - p_CM.gather(1, best_C[:, None])[:, 0].log(), best_C
+
+
+def _label_loss(x_CM: Tensor, labels_C: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_C, gradient [C, M] of the logits, right_C)."""
+    p_CM, lse_C, best_C = _softmax(x_CM, "probs", buffers)
+    loss_C = lse_C - x_CM.gather(1, labels_C[:, None])[:, 0]
+    p_CM.scatter_add_(1, labels_C[:, None], p_CM.new_full((len(p_CM), 1), -1.0))
+    return loss_C, p_CM, best_C == labels_C
+
+
+def _teacher_loss(x_CM: Tensor, job: _Job, chunk: slice, buffers: _Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """As _label_loss. Writes over x_CM."""
+    teacher, kind = job.teacher, job.kind
+    if job.teacher_rows is None:
+        teacher_UD, owner_C = teacher.hidden[chunk], None
+    else:
+        rows_U, owner_C = job.teacher_rows[chunk].unique_consecutive(return_inverse=True)
+        owner_C = None if len(rows_U) == len(owner_C) else owner_C
+        teacher_UD = teacher.hidden[rows_U]
+    t_UM = teacher.logits(teacher_UD.to(teacher.dtype), "teacher", buffers)
+    q_UM, teacher_lse_U, teacher_best_U = _softmax(t_UM, "teacher_probs", buffers)
+
+    def spread(name: str, other: str) -> tuple[Tensor, Tensor]:
+        """(that buffer of the teacher with a row for each row of the chunk, scratch); the other one is given up."""
+        kept_UM = buffers(name, len(t_UM), x_CM.dtype)
+        other_CM, name_CM = buffers(other, len(x_CM), x_CM.dtype), buffers(name, len(x_CM), x_CM.dtype)
+        if owner_C is None:
+            return kept_UM, other_CM
+        return torch.index_select(kept_UM, 0, owner_C, out=other_CM), name_CM
+
+    p_CM, lse_C, best_C = _softmax(x_CM, "probs", buffers)
+    right_C = best_C == _pick(teacher_best_U, owner_C)
+    if kind in ("ce", "kl"):
+        loss_C = lse_C
+        if kind == "kl":
+            loss_C = loss_C + _pick(t_UM.mul_(q_UM).sum(-1) - teacher_lse_U, owner_C)
+        q_CM, _ = spread("teacher_probs", "teacher")
+        loss_C = loss_C - x_CM.mul_(q_CM).sum(-1)
+        return loss_C, p_CM.sub_(q_CM), right_C
+    if kind == "reverse_kl":
+        t_CM, spare_CM = spread("teacher", "teacher_probs")
+        x_CM.sub_(t_CM).sub_((lse_C - _pick(teacher_lse_U, owner_C))[:, None])  # log p - log q
+        loss_C = torch.mul(p_CM, x_CM, out=spare_CM).sum(-1)
+        return loss_C, p_CM.mul_(x_CM.sub_(loss_C[:, None])), right_C
+    q_CM, spare_CM = spread("teacher_probs", "teacher")  # tv
+    torch.sub(p_CM, q_CM, out=x_CM)
+    loss_C = torch.abs(x_CM, out=spare_CM).sum(-1).mul_(0.5)
+    x_CM.sign_().mul_(0.5)
+    mean_C = torch.mul(p_CM, x_CM, out=spare_CM).sum(-1)
+    return loss_C, p_CM.mul_(x_CM.sub_(mean_C[:, None])), right_C
+
+
+class _LinearLoss(torch.autograd.Function):
+    """(total, correct). The gradients are made in the forward pass, chunk by chunk, and kept for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor]:
+        head, device, sum_dtype = job.head, hidden_ND.device, job.head.softmax_dtype
+        buffers = _Buffers(min(job.chunk_rows, max(job.count, 1)), len(weight_MD), device)
+        wants_hidden, wants_weight, wants_bias = (job.grad_enabled and n for n in ctx.needs_input_grad[:3])
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
+        grad_weight_MD = torch.zeros_like(weight_MD, dtype=sum_dtype) if wants_weight else None
+        grad_bias_M = torch.zeros_like(bias_M, dtype=sum_dtype) if wants_bias else None
+        total = torch.zeros((), dtype=sum_dtype, device=device)
+        correct = torch.zeros((), dtype=torch.long, device=device)
+        for start in range(0, job.count, job.chunk_rows):
+            chunk = slice(start, start + job.chunk_rows)
+            rows_C = None if job.rows is None else job.rows[chunk]
+            hidden_CD = (head.hidden[chunk] if rows_C is None else head.hidden[rows_C]).to(head.dtype)
+            x_CM = head.logits(hidden_CD, "logits", buffers)
+            slope_CM = None
+            if head.softcap is not None and job.grad_enabled:  # d cap / d logits, from the capped logits
+                slope_CM = torch.div(x_CM, head.softcap, out=buffers("slope", len(x_CM), x_CM.dtype))
+                slope_CM.square_().neg_().add_(1.0)
+            if job.teacher is None:
+                loss_C, grad_CM, right_C = _label_loss(x_CM, job.labels[chunk], buffers)
+            else:
+                loss_C, grad_CM, right_C = _teacher_loss(x_CM, job, chunk, buffers)
+            correct += right_C.sum()
+            weight_C = None if job.row_weight is None else job.row_weight[chunk].to(sum_dtype)
+            total += loss_C.sum() if weight_C is None else loss_C.dot(weight_C)
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            if slope_CM is not None:
+                grad_CM.mul_(slope_CM)
+            # a row's weight and the scale are factors of whole rows: cheaper on [C, D] than on [C, M]
+            factor_C1 = None
+            if weight_C is not None or head.scale != 1.0:
+                factor_C1 = (torch.ones_like(loss_C) if weight_C is None else weight_C)[:, None] * head.scale
+            if wants_bias:
+                grad_bias_M += grad_CM.sum(0) if factor_C1 is None else grad_CM.t().mv(factor_C1[:, 0])
+            if head.dtype != grad_CM.dtype:
+                grad_CM = buffers("low", len(grad_CM), head.dtype).copy_(grad_CM)
+            if wants_hidden:
+                into_CD = grad_CM.mm(head.weight_MD)
+                into_CD = into_CD if factor_C1 is None else into_CD * factor_C1
+                if rows_C is None:
+                    grad_hidden_ND[chunk] = into_CD
+                else:
+                    grad_hidden_ND.index_copy_(0, rows_C, into_CD.to(grad_hidden_ND.dtype))
+            if wants_weight:
+                hidden_CD = hidden_CD if factor_C1 is None else (hidden_CD * factor_C1).to(head.dtype)
+                if grad_weight_MD.dtype == head.dtype:
+                    grad_weight_MD.addmm_(grad_CM.t(), hidden_CD)
+                else:
+                    grad_weight_MD += grad_CM.t().mm(hidden_CD)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_MD, grad_bias_M)
+        ctx.dtypes = (hidden_ND.dtype, weight_MD.dtype, None if bias_M is None else bias_M.dtype)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # in the scalar's own type: 1 / count rounded to bf16 would scale the whole gradient
+        grads = [
+            None
+            if kept is None
+            else (kept.to(torch.promote_types(kept.dtype, grad_total.dtype)) * grad_total).to(dtype)
+            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *grads, None
+
+
+# -- small helpers and the checks --------------------------------------------------------------------------------------
+
+
+def _matmul_dtype(hidden: Tensor, weight_MD: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(hidden.dtype, weight_MD.dtype)
+    device = hidden.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):  # autocast leaves fp64 alone
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _counted(labels_N: Tensor) -> Tensor | None:
+    """Indices of the rows that count, or None for all: then rows are sliced, not copied."""
+    rows = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
+    return None if len(rows) == len(labels_N) else rows
+
+
+def _pick(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values[rows]
+
+
+def _check_range(name: str, values: Tensor, end: int, of_what: str) -> None:
+    if values.numel():
+        low, high = (int(v) for v in values.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{name}: got values from {low} to {high}, wanted 0 to {end - 1}, {of_what}.")
+
+
+def _check(
+    kind: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    softcap: float | None,
+    chunk_rows: int | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_rows: Tensor | None,
+) -> None:
+    """Raise ValueError on anything that does not fit, all of it in one message."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown loss kind {kind!r}, choose one of {', '.join(get_args(Kind))}.")
+    if hidden.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"got hidden states {tuple(hidden.shape)} and weight {tuple(weight.shape)}, wanted [N, D] and [M, D]. "
+            "Flatten batch and positions first: hidden.reshape(-1, D)."
+        )
+    N, M = len(hidden), len(weight)
+    problems = []
+
+    def fits(name: str, value: Tensor | None, wanted: tuple[int, ...], do: str) -> None:
+        if value is not None and tuple(value.shape) != wanted:
+            problems.append(f"{name}: got shape {tuple(value.shape)}, wanted {wanted}: {do}")
+
+    fits("weight_MD", weight, (M, hidden.shape[1]), "the head's width is that of hidden_ND")
+    fits("bias_M", bias, (M,), "one a token of the head")
+    fits("labels_N", labels, (N,), "one a row of hidden_ND; flatten it the same way")
+    fits("row_weight_N", row_weight, (N,), "one a row of hidden_ND; flatten it the same way")
+    if labels is None and teacher_hidden is None:
+        problems.append("got neither labels_N nor teacher_hidden_ND: pass one of them")
+    if (teacher_hidden is None) != (teacher_weight is None):
+        problems.append("a teacher is both teacher_hidden_ND and teacher_weight_MD: pass both or none")
+    elif teacher_hidden is None:
+        if kind != "ce":
+            problems.append(f"kind {kind!r} compares with a teacher: pass teacher_hidden_ND and teacher_weight_MD")
+        if teacher_rows is not None or teacher_bias is not None:
+            problems.append("teacher_rows_N and teacher_bias_M say nothing without teacher_hidden_ND: leave them out")
+    else:
+        S, width = len(teacher_hidden), teacher_hidden.shape[-1]
+        fits("teacher_hidden_ND", teacher_hidden, (N if teacher_rows is None else S, width), "or pass teacher_rows_N")
+        fits("teacher_weight_MD", teacher_weight, (M, width), "the student's vocabulary, the teacher's width")
+        fits("teacher_bias_M", teacher_bias, (M,), "one a token of the head")
+        fits("teacher_rows_N", teacher_rows, (N,), "one a row of hidden_ND; flatten it the same way")
+    if softcap is not None and softcap <= 0:
+        problems.append(f"softcap: got {softcap}, wanted more than 0, or None for no cap")
+    if chunk_rows is not None and chunk_rows < 1:
+        problems.append(f"chunk_rows: got {chunk_rows}, wanted at least 1, or None for the default")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+    if teacher_rows is not None:
+        _check_range("teacher_rows_N", teacher_rows, len(teacher_hidden), "rows of teacher_hidden_ND")

@@ -1,0 +1,87 @@
+"""The one place that says what "k tokens ahead" means. Nobody else slices labels.
+
+"k ahead" is always counted from the unshifted rows: a document's end is found by comparing the document of position t
+with that of position t + k. Rolling already rolled rows one step at a time compares neighbours instead and lets depth 2
+look into the next document (tests/test_shift.py keeps that mistake as a test).
+"""
+
+# B sequences, T positions of a row, K depths. Depth 0 is the ordinary next token.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foretell.types import IGNORE_INDEX, PAD_DOCUMENT
+
+
+def ahead(values_BT: Tensor, k: int, document_BT: Tensor, fill: float | int | bool) -> tuple[Tensor, Tensor]:
+    """The values k positions ahead in the same document, and where there are any.
+
+    Example: values [10, 11, 12, 20, 21], documents [0, 0, 0, 1, 1], k=2, fill=0 gives [12, 0, 0, 0, 0] and
+    [True, False, False, False, False].
+
+    Args:
+        values_BT: [B, T] or [B, T, ...], any type.
+        k: positions, 0 or more.
+        document_BT: [B, T] document of each position, PAD_DOCUMENT on padding; a document's positions are contiguous.
+        fill: stands where position t + k is past the end, padding, or in another document.
+
+    Returns:
+        (ahead_BT, valid_BT): shaped as values_BT, and bool [B, T].
+
+    Raises:
+        ValueError: k is negative, or the rows and documents differ in shape.
+    """
+    if k < 0:
+        raise ValueError(f"k must be 0 or more positions ahead, got {k}.")
+    _check_rows(values_BT, document_BT)
+    B, T = document_BT.shape
+    kept = max(T - k, 0)
+    ahead_BT = torch.full_like(values_BT, fill)
+    valid_BT = torch.zeros(B, T, dtype=torch.bool, device=document_BT.device)
+    target_BT = document_BT[:, T - kept :]
+    valid_BT[:, :kept] = (document_BT[:, :kept] == target_BT) & (target_BT != PAD_DOCUMENT)
+    shape = (B, kept) + (1,) * (values_BT.dim() - 2)
+    ahead_BT[:, :kept] = torch.where(valid_BT[:, :kept].view(shape), values_BT[:, T - kept :], ahead_BT[:, :kept])
+    return ahead_BT, valid_BT
+
+
+def next_labels(labels_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Labels of depth 0: out[b, t] = labels_BT[b, t + 1], or IGNORE_INDEX. See future_labels."""
+    return ahead(labels_BT, 1, document_BT, IGNORE_INDEX)[0]
+
+
+def future_labels(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
+    """Labels of depths 1..K: out[b, t, k - 1] = labels_BT[b, t + 1 + k], or IGNORE_INDEX.
+
+    A label counts where all tokens from t to t + 1 + k are of one document and the target token itself is not masked.
+    Tokens between the two may be masked (a prompt's end may learn to predict its answer).
+
+    Args:
+        labels_BT: [B, T] token-aligned labels (never shifted), IGNORE_INDEX where a token is not learned.
+        document_BT: [B, T] document of each position, PAD_DOCUMENT on padding; a document's positions are contiguous.
+        depth: K, tokens beyond the ordinary next one.
+
+    Returns:
+        labels_BTK: [B, T, K].
+
+    Raises:
+        ValueError: depth is not in [1, T - 2]: no position would have a label at the deepest depth.
+    """
+    _check_rows(labels_BT, document_BT)
+    T = labels_BT.shape[1]
+    if not 1 <= depth <= T - 2:
+        raise ValueError(
+            f"depth must be in [1, T-2] = [1, {T - 2}] for rows of T={T} tokens, got {depth}. "
+            "Lower the depth or use longer rows."
+        )
+    return torch.stack([ahead(labels_BT, 1 + k, document_BT, IGNORE_INDEX)[0] for k in range(1, depth + 1)], dim=-1)
+
+
+def _check_rows(values_BT: Tensor, document_BT: Tensor) -> None:
+    if document_BT.dim() != 2 or values_BT.shape[:2] != document_BT.shape:
+        raise ValueError(
+            f"got values of shape {tuple(values_BT.shape)} and documents of shape {tuple(document_BT.shape)}, "
+            "wanted one document number [B, T] for each value [B, T, ...]. Pass zeros where nothing is packed."
+        )

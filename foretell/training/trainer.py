@@ -1,0 +1,393 @@
+"""MTPTrainer: transformers' Trainer with the MTP objective. Everything else (DDP, FSDP2, DeepSpeed, resume, loggers) is its.
+
+One training step: collator -> compute_loss (below) -> MTPModel.forward -> methods/<method>.py -> ops/losses.py.
+"""
+
+# B sequences, T positions, K depths.
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+from foretell.checkpoint import assign, load_tensors
+from foretell.data.collate import MTPCollator, pack, to_batch
+from foretell.data.formats import load_rows
+from foretell.data.prompts import check_tokenizer, encode_row
+from foretell.methods.base import DepthWeights, GradientMode, LossKind, Supervision
+from foretell.mtp import MTPModel
+from foretell.runtime import Progress
+from foretell.training.objective import count_labels, objective
+from foretell.types import IGNORE_INDEX
+
+
+@dataclass
+class MTPTrainingArguments(TrainingArguments):
+    """TrainingArguments plus what the MTP objective needs. Nothing of the parent changes but the defaults named here."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and the final module go."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "A new one-layer module learns best near 1e-3 to 4e-3."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Our collator reads the columns it needs."})
+    metric_for_best_model: str | None = field(default="tau", metadata={"help": "The best checkpoint is the best by tau."})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "foretell reports progress itself."})
+    mtp_training_mode: GradientMode = field(
+        default="standalone", metadata={"help": "disabled, standalone (the target is untouched to the bit) or joint."}
+    )
+    mtp_supervision: Supervision = field(
+        default="labels", metadata={"help": "labels, teacher (the target's distribution) or teacher_hard (its argmax)."}
+    )
+    mtp_loss: LossKind = field(default="ce", metadata={"help": "ce, kl, reverse_kl or tv; labels take ce only."})
+    mtp_loss_scaling_factor: float | None = field(
+        default=None, metadata={"help": "Weight of the MTP loss beside the next-token loss; 0.1 in joint, else 1."}
+    )
+    mtp_depth_weights: DepthWeights = field(default="uniform", metadata={"help": "uniform, harmonic or exponential."})
+    mtp_depth_beta: float = field(default=0.6, metadata={"help": "Base of exponential depth weights (FastMTP: 0.6)."})
+    train_target: bool | None = field(
+        default=None,
+        metadata={"help": "Also train the target on its next-token loss; by default in joint and disabled, not else."},
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Longest row in tokens; longer ones are cut."})
+    packing: bool = field(default=False, metadata={"help": "Pack several documents into rows of max_length."})
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens of a chat only."})
+    eval_prompts: int = field(default=16, metadata={"help": "Prompts decoded at each evaluation to measure tau."})
+    eval_new_tokens: int = field(default=64, metadata={"help": "New tokens of each of them."})
+
+    def problems(self) -> list[str]:
+        """What is wrong with these settings, in plain sentences."""
+        found = []
+        if self.mtp_supervision != "teacher" and self.mtp_loss != "ce":
+            found.append(f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use ce.")
+        if self.mtp_loss_scaling_factor is not None and self.mtp_loss_scaling_factor < 0:
+            found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted at least 0.")
+        if self.mtp_training_mode == "joint" and self.train_target is False:
+            found.append("train_target: false contradicts mtp_training_mode=joint; use standalone.")
+        if self.max_length is not None and self.max_length < 3:
+            found.append(f"max_length: got {self.max_length}, wanted at least 3 tokens.")
+        if self.packing and self.max_length is None:
+            found.append("packing needs max_length: the length of a packed row.")
+        return found
+
+    @property
+    def trains_target(self) -> bool:
+        """Whether the target's own parameters learn."""
+        if self.train_target is not None:
+            return self.train_target
+        return self.mtp_training_mode != "standalone"
+
+    @property
+    def mtp_scale(self) -> float:
+        """Weight of the MTP loss."""
+        if self.mtp_loss_scaling_factor is not None:
+            return self.mtp_loss_scaling_factor
+        return 0.1 if self.mtp_training_mode == "joint" else 1.0
+
+
+class MTPTrainer(Trainer):
+    """Trains an MTPModel. Rows in TRL's forms need processing_class (the tokenizer); ready input_ids do not."""
+
+    def __init__(
+        self,
+        model: MTPModel,
+        args: MTPTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, MTPModel):
+            raise ValueError(f"model: got {type(model).__name__}, wanted an MTPModel (foretell.get_mtp_model).")
+        problems = args.problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+        if args.resume_from_checkpoint is None and args.output_dir is None:
+            raise ValueError("output_dir: got none, wanted a folder for checkpoints.")
+        self.counts = {"rows": 0, "dropped": 0, "truncated": 0}
+        train_rows = self._encode(train_dataset, processing_class, args, model, "train_dataset")
+        eval_rows = self._encode(eval_dataset, processing_class, args, model, "eval_dataset")
+        self._freeze(model, args)
+        model.notes = {"training": {k: v for k, v in args.to_dict().items() if k.startswith("mtp_")}}
+        kwargs.setdefault("data_collator", MTPCollator(_pad_token(processing_class, model)))
+        super().__init__(
+            model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=processing_class, **kwargs
+        )
+        self.loss_is_scaled_for_ga = True  # objective() divides by counts of the whole accumulated step
+        self.can_return_loss = True
+        self._logged: dict[str, list[Tensor]] = {}
+        self.remove_callback(PrinterCallback)
+        if args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_Report())
+
+    # -- data and parameters -------------------------------------------------------------------------------------------
+
+    def _encode(self, dataset: Any, tokenizer: Any, args: MTPTrainingArguments, model: MTPModel, what: str) -> Any:
+        if dataset is None:
+            return None
+        rows, out = load_rows(dataset), []
+        limit = min(n for n in (args.max_length, model.target.max_positions, 2**31) if n is not None)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model.target.vocab_size)
+        for number, row in enumerate(rows):
+            if "input_ids" not in row and tokenizer is None:
+                raise ValueError(f"{what}, row {number}: text needs processing_class (the tokenizer); or give input_ids.")
+            encoded = encode_row(row, tokenizer, max_length=limit, assistant_only_loss=args.assistant_only_loss)
+            if max(encoded["input_ids"], default=0) >= model.target.vocab_size:
+                raise ValueError(
+                    f"{what}, row {number}: token id {max(encoded['input_ids'])} does not fit the model's vocabulary of "
+                    f"{model.target.vocab_size}: use the model's own tokenizer."
+                )
+            trained = sum(label != IGNORE_INDEX for label in encoded["labels"][2:])
+            self.counts["rows"] += 1
+            if trained == 0:
+                self.counts["dropped"] += 1
+                continue
+            out.append(encoded)
+        longest = max((len(row["input_ids"]) for row in out), default=0)
+        if longest < model.mtp_config.depth + 2:
+            raise ValueError(
+                f"{what}: the longest of {len(out)} usable rows has {longest} tokens, but depth {model.mtp_config.depth} "
+                f"needs at least {model.mtp_config.depth + 2}: give longer rows or a smaller depth."
+            )
+        if self.counts["dropped"]:
+            warnings.warn(f"{what}: {self.counts['dropped']} rows have no token to train on and were left out.", stacklevel=3)
+        return pack(out, args.max_length) if args.packing and what == "train_dataset" else out
+
+    @staticmethod
+    def _freeze(model: MTPModel, args: MTPTrainingArguments) -> None:
+        """Only what learns asks for a gradient; parameters that do not are in no optimizer, so nothing decays them."""
+        for parameter in model.model.parameters():
+            parameter.requires_grad_(args.trains_target)
+        learns = args.mtp_training_mode != "disabled"
+        for parameter in model.module.parameters():
+            parameter.requires_grad_(learns)
+            if learns and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()  # master weights; autocast computes in the lower precision
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """[1 + K] counts of the whole optimizer step: every micro-batch, every rank."""
+        mtp = self._mtp()
+        counts_K1 = sum(
+            count_labels(to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size)
+            for inputs in batch_samples
+        )
+        if not torch.is_tensor(counts_K1):  # an empty iterator
+            return torch.zeros(1 + mtp.mtp_config.depth, device=device)
+        counts_K1 = counts_K1.to(device)
+        if self.args.world_size > 1:
+            counts_K1 = self.accelerator.gather(counts_K1[None]).sum(0)
+        return counts_K1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """See objective: this micro-batch's share of the step's loss."""
+        args: MTPTrainingArguments = self.args  # type: ignore[assignment]
+        training = model.training
+        losses = model(
+            mtp_training_mode=args.mtp_training_mode if training else "disabled",
+            mtp_supervision=args.mtp_supervision,
+            mtp_loss=args.mtp_loss,
+            train_target=args.trains_target,
+            **inputs,
+        )
+        if num_items_in_batch is None:  # evaluation: this batch alone
+            mtp = self._mtp()
+            num_items_in_batch = count_labels(
+                to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size
+            )
+        loss, parts = objective(
+            losses, num_items_in_batch, scale=args.mtp_scale, weights=args.mtp_depth_weights, beta=args.mtp_depth_beta
+        )
+        if not training:
+            loss = args.mtp_scale * parts["mtp"] + parts.get("ntp", 0.0)
+        self._note(losses, parts, training)
+        if training and self.accelerator.num_processes > 1:
+            loss = loss * self.accelerator.num_processes  # ranks are averaged; the counts are global already
+        return (loss, losses) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Target and module are clipped apart, so that the target's step is the same with and without MTP."""
+        mtp = self._mtp()
+        norms = []
+        for part in (mtp.model, mtp.module):
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            if parameters:
+                norms.append(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm))
+        return norms[-1] if len(norms) == 1 else torch.stack([torch.as_tensor(n) for n in norms]).norm()
+
+    # -- what is logged ------------------------------------------------------------------------------------------------
+
+    def _note(self, losses: dict[str, Any], parts: dict[str, Tensor], training: bool) -> None:
+        kind = "" if training else "eval_"
+        for name, part in parts.items():
+            self._logged.setdefault(f"{kind}{name}_loss", []).append(part)
+        for k, loss in enumerate(losses["mtp"], start=1):
+            self._logged.setdefault(f"{kind}hit_{k}", []).append(torch.stack([loss.correct, loss.count]).detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss and each depth's accuracy (teacher-forced: tau is measured by decoding)."""
+        kind = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        steps = max(self.args.gradient_accumulation_steps, 1)
+        for name in [n for n in self._logged if n.startswith("eval_") == bool(kind)]:
+            values = torch.stack(self._logged.pop(name)).float()
+            if "hit_" in name:
+                logs[name.replace("hit_", "accuracy_")] = float(values[:, 0].sum() / values[:, 1].sum().clamp(min=1))
+            else:  # a micro-batch holds its share of a step's mean
+                logs[name] = float(values.mean() * (1 if kind else steps))
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Losses on the evaluation rows, and tau, accept_at and accept_given by decoding their prompts."""
+        metrics = super().evaluate(*args, **kwargs)
+        found = self.measure_tau()
+        if found:
+            metrics.update({f"eval_{name}": value for name, value in found.items()})
+            self.log({f"eval_{name}": value for name, value in found.items()})
+        return metrics
+
+    def measure_tau(self) -> dict[str, float]:
+        """Decode the first eval_prompts prompts greedily with the module; empty if there are none, or under sharding."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            warnings.warn("tau is not measured while parameters are sharded: decode the saved module instead.", stacklevel=2)
+            return {}
+        prompts = [p for p in (_prompt_of(row) for row in (self.eval_dataset or [])[: self.args.eval_prompts]) if p]
+        if not prompts:
+            return {}
+        width = max(len(p) for p in prompts)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = self._mtp().generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self.args.eval_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        stats = out.stats
+        found = {"tau": stats.tau, "mean_accepted": stats.mean_accepted}
+        found |= {f"accept_at_{k}": a for k, a in enumerate(stats.accept_at, start=1)}
+        found |= {f"accept_given_{k}": a for k, a in enumerate(stats.accept_given, start=1)}
+        self._mtp().target.release()
+        return found
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _mtp(self) -> MTPModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _draft_ids(self) -> Tensor | None:
+        # teacher supervision counts every labelled place: the distribution is there even if the label is not drafted
+        if self.args.mtp_supervision == "teacher":  # type: ignore[attr-defined]
+            return None
+        return getattr(self._mtp().module, "draft_vocab_ids", None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The module's two files, the tokenizer and, if the target learns, the target as a transformers folder."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        mtp = self._mtp()
+        module_state = None
+        if state_dict is not None:
+            module_state = {n.removeprefix("module."): t for n, t in state_dict.items() if n.startswith("module.")}
+        mtp.save_pretrained(folder, state_dict=module_state)
+        if self.args.trains_target:  # type: ignore[attr-defined]
+            target_state = None
+            if state_dict is not None:
+                target_state = {n.removeprefix("model."): t for n, t in state_dict.items() if n.startswith("model.")}
+            mtp.model.save_pretrained(folder, state_dict=target_state)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        mtp, folder = self._mtp(), Path(resume_from_checkpoint)
+        load_tensors(mtp.module, folder)
+        if self.args.trains_target:  # type: ignore[attr-defined]
+            saved = type(mtp.model).from_pretrained(folder, dtype=mtp.target.dtype)
+            assign(mtp.model, saved.state_dict(), str(folder))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer's; resume_from_checkpoint=True takes the last COMPLETE checkpoint: a torn one (killed while being
+        written) is passed over with a warning.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint-N that was written to its end (trainer_state.json comes last), or None."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    for folder in sorted(found, key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(folder)
+        except (OSError, json.JSONDecodeError):
+            warnings.warn(f"{folder} was not written to its end and is passed over.", stacklevel=2)
+    return None
+
+
+def _prompt_of(row: dict[str, Any]) -> list[int]:
+    """The tokens before the first trained one."""
+    labels: Sequence[int] = list(row["labels"])
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+    return list(row["input_ids"])[: max(first, 0)] or list(row["input_ids"])[: max(len(labels) // 2, 1)]
+
+
+def _pad_token(tokenizer: Any, model: MTPModel) -> int:
+    for source in (tokenizer, model.config):
+        pad = getattr(source, "pad_token_id", None)
+        if pad is not None:
+            return int(pad)
+    return 0
+
+
+class _Report(TrainerCallback):
+    """A bar with loss, accuracy and tau on a terminal; plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._fields: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = Progress("train", total=state.max_steps, unit="step")
+            self._bar.__enter__()
+            self._at = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        names = {"loss": "loss", "accuracy_1": "acc1", "eval_tau": "tau", "learning_rate": "lr"}
+        self._fields.update({names[k]: v for k, v in (logs or {}).items() if k in names})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._at, **self._fields)
+            self._at = state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foretell.decoding.lookup import PromptLookup
+    from foretell.methods.base import MTPConfig, load_preset
     from foretell.methods.sequential import SequentialConfig
-    from foretell.mtp import MTPConfig, MTPModel, custom_generate, get_mtp_model, load_preset
+    from foretell.mtp import MTPModel, custom_generate, get_mtp_model
     from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "MTPConfig": "foretell.mtp",
+    "MTPConfig": "foretell.methods.base",
     "MTPModel": "foretell.mtp",
     "MTPTrainer": "foretell.training.trainer",
     "MTPTrainingArguments": "foretell.training.trainer",
@@ -39,7 +40,7 @@ _HOME = {
     "SequentialConfig": "foretell.methods.sequential",
     "custom_generate": "foretell.mtp",
     "get_mtp_model": "foretell.mtp",
-    "load_preset": "foretell.mtp",
+    "load_preset": "foretell.methods.base",
 }
 
 

@@ -153,9 +153,11 @@ def describe(hint: Any) -> str:
     if kind in (Union, types.UnionType):
         return " or ".join(describe(a) for a in sorted(args, key=lambda a: a is types.NoneType))
     if kind is Literal or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        return "one of " + ", ".join(str(_plain(choice)) for choice in args or kind)
+        return "one of " + ", ".join(str(_plain(choice)) for choice in _choices(kind, args))
     if kind in LISTS:
         return f"a list (each {describe(args[0])})" if args else "a list"
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping ({', '.join(field.name for field in dataclasses.fields(kind))})"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     words |= {types.NoneType: "null", Any: "anything", dict: "a mapping"}
     return words.get(kind, getattr(kind, "__name__", str(kind)))
@@ -179,7 +181,7 @@ def coerce(value: Any, hint: Any, text: bool = False) -> Any:
     if text and isinstance(value, str):
         value = _read_word(value, kind, args)
     if kind is Literal or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        choices = list(args or kind)
+        choices = _choices(kind, args)
         for choice in choices:
             if value is choice or (type(value) is type(_plain(choice)) and value == _plain(choice)):
                 return choice
@@ -194,8 +196,10 @@ def coerce(value: Any, hint: Any, text: bool = False) -> Any:
         return from_dict(typing.cast(type, kind), value)
     if isinstance(value, dict) and kind is dict and args:
         return {coerce(k, args[0]): coerce(v, args[1]) for k, v in value.items()}
-    if (kind is float and type(value) is int) or (kind is Path and isinstance(value, str)):
-        return kind(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     # a bool is an int to Python, but nobody who writes `depth: true` means 1
     if kind is Any or (isinstance(kind, type) and isinstance(value, kind) and (kind, type(value)) != (int, bool)):
         return value
@@ -213,11 +217,15 @@ def _read_word(word: str, kind: Any, args: tuple) -> Any:
     try:
         if kind in (int, float):
             return kind(word)
-        if kind in (dict, Any) or (kind in LISTS and word.startswith("[")):
+        if kind in (dict, Any) or dataclasses.is_dataclass(kind) or (kind in LISTS and word.startswith("[")):
             return yaml.load(word, _Loader)
     except (ValueError, yaml.YAMLError):
         return word
     return [word] if kind in LISTS else word
+
+
+def _choices(kind: Any, args: tuple) -> list[Any]:
+    return list(args if kind is Literal else kind)
 
 
 def _takes(hint: Any, *kinds: Any) -> bool:
@@ -354,9 +362,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars, which people expect: `no` is text and 5e-5 a number. A repeated key is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
+        keys = [key for key, _ in node.value]
+        for at, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:at]]:
                 raise yaml.constructor.ConstructorError(None, None, f"repeated key {key.value}", key.start_mark)
         return super().construct_mapping(node, deep)
 

@@ -271,6 +271,12 @@ def custom_generate(
     length = mtp.mtp_config.depth if num_draft_tokens is None else num_draft_tokens
     if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
         raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
+    longest = getattr(mtp.drafter(), "longest", None) if drafter == "mtp" and length != "auto" and length else None
+    if longest is not None and int(length) > longest:
+        raise ValueError(
+            f"num_draft_tokens: got {length}, but this module drafts at most {longest} (depth={mtp.mtp_config.depth}); "
+            "shared_module=True can be reused further."
+        )
     if draft_sample_method not in ("greedy", "probabilistic"):
         raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
 

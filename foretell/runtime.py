@@ -280,5 +280,5 @@ def clock(seconds: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits at least, no exponent for the usual sizes."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Three significant digits at least."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"

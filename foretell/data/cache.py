@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,6 @@ class HiddenStore(Sequence):
         self._writable = writable
         self._map_ND: Tensor | None = None
         flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
-        flags |= getattr(os, "O_BINARY", 0)
         if not writable and not (folder / "rows.jsonl").exists():
             (self._rows_file, self._hidden_file) = (None, None)
         else:
@@ -113,7 +113,7 @@ class HiddenStore(Sequence):
         if self._rows_file is None:
             return
         on_disk = 0 if self._hidden_file is None else os.fstat(self._hidden_file).st_size
-        start, torn = 0, None
+        start, torn, lost = 0, None, False
         with (self.folder / "rows.jsonl").open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if torn is not None:
@@ -121,14 +121,18 @@ class HiddenStore(Sequence):
                         f"{self.folder / 'rows.jsonl'}, line {torn}: got a damaged row with others after it, wanted "
                         "damage at the end only. Remove this line's answer by hand, or start a new folder."
                     )
+                if not line.endswith(b"\n"):
+                    lost = True
+                    break
                 row = _parse(line)
                 if row is None:
-                    torn = number
+                    torn, lost = number, True
                     continue
                 if self.width is not None:
                     end = row["offset"] + row["length"]
                     if end * self._token_bytes > on_disk:
-                        break  # states that never reached the disk: neither this row nor the later ones are whole
+                        lost = True  # its states never reached the disk, and so neither did those of later rows
+                        break
                     self._hidden_tokens = end
                 if row["key"] in self._index:
                     raise ValueError(
@@ -138,6 +142,17 @@ class HiddenStore(Sequence):
                 self._index[row["key"]] = len(self._lines)
                 self._lines.append((start, len(line)))
                 start += len(line)
+            if lost and not self._lines and file.readline():
+                # a lost tail is one answer, or a few after a power cut; this is a lost file
+                raise ValueError(
+                    f"{self.folder}: no row of rows.jsonl has its states in hidden.bin ({on_disk} bytes), wanted both "
+                    "files of one store. Bring hidden.bin back, or start a new folder."
+                )
+        if lost and self._writable:
+            warnings.warn(
+                f"{self.folder}: the last answer was not written whole; going on behind {len(self._lines)} whole ones.",
+                stacklevel=4,
+            )
 
     def _cut(self) -> None:
         """Cut both files behind the last whole row."""
@@ -174,6 +189,7 @@ class HiddenStore(Sequence):
         line = json.dumps(row).encode() + b"\n"
         start = sum(self._lines[-1]) if self._lines else 0
         try:
+            self._cut()  # an interrupt may have come between writing a line and counting it
             if self._hidden_file is not None:
                 _write_at(self._hidden_file, payload, self._hidden_tokens * self._token_bytes)
             _write_at(self._rows_file, line, start)
@@ -207,7 +223,6 @@ class HiddenStore(Sequence):
     def __contains__(self, key: object) -> bool:
         return key in self._index
 
-    @property
     def keys(self) -> list[str]:
         """Keys of the finished answers, in order."""
         return list(self._index)
@@ -236,6 +251,8 @@ class HiddenStore(Sequence):
             yield {name: row[name] for name in ("key", "input_ids", "labels")}
 
     def _row(self, index: int) -> dict[str, Any]:
+        if self._rows_file is None:
+            raise ValueError(f"{self.folder}: this store is closed; HiddenStore.load opens it for reading.")
         start, length = self._lines[index]
         return json.loads(os.pread(self._rows_file, length, start))
 
@@ -261,8 +278,6 @@ class HiddenStore(Sequence):
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A row, or None where the line is not a whole one."""
-    if not line.endswith(b"\n"):
-        return None
     try:
         row = json.loads(line)
     except ValueError:
@@ -280,10 +295,8 @@ def _write_at(file: int, data: bytes, offset: int) -> None:
 
 def _lock(file: int, folder: Path) -> None:
     """Keep a second writer out. The lock goes with the process, so a killed run leaves none behind."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return
+    import fcntl  # here, so that importing this file works where there is none
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -9,6 +9,7 @@ learns on exactly the positions where it will draft.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,37 +55,79 @@ def context_length(messages: Sequence, turn: int, ids: list[int], tokenizer: Any
     """Number of tokens in ids, the whole conversation, before the answer messages[turn] starts.
 
     Raises:
-        ValueError: the conversation up to there is not what ids begin with.
+        ValueError: the conversation up to there, rendered alone, is not what the whole one begins with.
     """
     context = chat_ids(messages[:turn], tokenizer, add_generation_prompt=True, **template)
-    if ids[: len(context)] != context:
-        raise ValueError(_no_prefix(turn, context, ids, tokenizer))
-    return len(context)
+    start = _shared(context, ids)
+    if start < len(context):
+        if not _begins_with(messages, turn, tokenizer, template, add_generation_prompt=True):
+            raise ValueError(_no_prefix(turn, context, ids, tokenizer))
+        warn_merged()
+    return start
+
+
+def warn_merged() -> None:
+    """Say, once, that a token spans the end of a prompt and the start of its answer."""
+    # one constant text: Python shows equal warnings once, and the next thousand rows are likely the same
+    warnings.warn(
+        "The last tokens of a prompt merge with its answer: in training the prompt is encoded otherwise than when the "
+        "target is asked. End prompts where a token ends, for example without a trailing space.",
+        stacklevel=3,
+    )
 
 
 def _mask_by_prefixes(messages: Sequence, tokenizer: Any, first: int, template: dict) -> tuple[list[int], list[int]]:
     """Render the conversation up to each answer and through it: what is between them is the answer."""
     ids = chat_ids(messages, tokenizer, **template)
-    mask, special = [0] * len(ids), special_ids(tokenizer)
-    turns = [at for at in range(first, len(messages)) if messages[at]["role"] == "assistant"]
-    end = 0
-    for at in turns:
-        if at == 0:
+    mask, special, end = [0] * len(ids), special_ids(tokenizer), 0
+    for turn in range(first, len(messages)):
+        if messages[turn]["role"] != "assistant":
+            continue
+        if turn == 0:
             raise ValueError("messages[0]: got an assistant turn, wanted a question or a system message before it")
-        start = context_length(messages, at, ids, tokenizer, template)
-        if start < end:
-            raise ValueError(_no_prefix(at, ids[:start], ids, tokenizer))
-        through = chat_ids(messages[: at + 1], tokenizer, **template)
-        end = _end_of_turn(through, start, tokenizer, special)
-        if ids[:end] != through[:end]:
-            # templates that drop reasoning from earlier turns (Qwen3) render an answer differently once another
-            # question follows; its context is the same, so it ends at the first end-of-turn token
-            ender = through[end - 1]
-            if through[:start] != ids[:start] or ender not in special or ender not in ids[start:]:
-                raise ValueError(_no_prefix(at, through, ids, tokenizer))
-            end = ids.index(ender, start) + 1
+        previous_end, start = end, context_length(messages, turn, ids, tokenizer, template)
+        through = chat_ids(messages[: turn + 1], tokenizer, **template)
+        end = _shared(through, ids)
+        if end == len(through) or _begins_with(messages, turn + 1, tokenizer, template):
+            end = _end_of_turn(ids[:end], start, tokenizer, special)
+            # where the template closes no turn (GLM), it is the next speaker's header that ends generation
+            if end < len(ids) and ids[end - 1] not in special and ids[end] in special:
+                end += 1
+        else:
+            end = _end_found(through, start, end, ids, tokenizer, special)
+        if not previous_end <= start < end:
+            raise ValueError(_no_prefix(turn, through, ids, tokenizer))
         mask[start:end] = [1] * (end - start)
     return ids, mask
+
+
+def _end_found(through: list[int], start: int, shared: int, ids: list[int], tokenizer: Any, special: set[int]) -> int:
+    """Where an answer ends in the conversation that renders it otherwise than when it is last; 0 if that is unclear.
+
+    Its context is the same, so the first end-of-turn token after it is its own.
+    """
+    end = _end_of_turn(ids[:shared], start, tokenizer, special)
+    if end > start and ids[end - 1] in special:
+        return end  # Phi-3: the same turn, then an end-of-text token after the last one only
+    if start < shared < len(ids) and shared < len(through) and ids[shared] in special and through[shared] in special:
+        return shared + 1  # gpt-oss: the last turn ends in another token
+    enders = [token for token in through[start:] if token in special]
+    if through[:start] == ids[:start] and enders and enders[-1] in ids[start:]:
+        return ids.index(enders[-1], start) + 1  # Qwen3: reasoning stands in the last turn only
+    return 0
+
+
+def _shared(ids: list[int], other: list[int]) -> int:
+    """Number of leading tokens that both have in common."""
+    return next(
+        (at for at, pair in enumerate(zip(ids, other, strict=False)) if pair[0] != pair[1]), min(len(ids), len(other))
+    )
+
+
+def _begins_with(messages: Sequence, count: int, tokenizer: Any, template: dict, **kwargs: Any) -> bool:
+    """Whether the rendered text begins with that of the first messages: then only tokens merge at the boundary."""
+    text = _apply(messages, tokenizer, tokenize=False, **template)
+    return text.startswith(_apply(messages[:count], tokenizer, tokenize=False, **kwargs, **template))
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -106,29 +149,35 @@ def _end_of_turn(ids: list[int], start: int, tokenizer: Any, special: set[int]) 
 
 
 def _with_end_of_turn(ids: list[int], mask: list[int], tokenizer: Any, ends_with_answer: bool) -> list[int]:
-    """Add the end-of-turn token to each run of ones where the template's generation block stops short of it."""
-    enders = {tokenizer.eos_token_id}
+    """Make each run of ones end with its end-of-turn token, whether the generation block stops before or behind it."""
+    special, enders, mask = special_ids(tokenizer), {tokenizer.eos_token_id}, list(mask)
     after_last = len(mask) - mask[::-1].index(1)
     # after the last answer of a conversation only an end-of-turn token can follow, never the next speaker's header
-    if ends_with_answer and after_last < len(ids) and ids[after_last] in special_ids(tokenizer):
+    if ends_with_answer and after_last < len(ids) and ids[after_last] in special:
         enders.add(ids[after_last])
-    return [
-        int(marked or (at > 0 and mask[at - 1] == 1 and ids[at - 1] not in enders and ids[at] in enders))
-        for at, marked in enumerate(mask)
-    ]
+    start = 0
+    while 1 in mask[start:]:
+        start = mask.index(1, start)
+        end = mask.index(0, start) if 0 in mask[start:] else len(mask)
+        kept = _end_of_turn(ids[:end], start, tokenizer, special)
+        if end < len(ids) and ids[end] in enders and ids[kept - 1] not in special:
+            mask[end], end, kept = 1, end + 1, end + 1
+        mask[kept:end] = [0] * (end - kept)
+        start = end
+    return mask
 
 
 def _no_prefix(turn: int, rendered: list[int], ids: list[int], tokenizer: Any) -> str:
-    same = next((at for at, pair in enumerate(zip(rendered, ids, strict=False)) if pair[0] != pair[1]), len(ids))
+    same = _shared(rendered, ids)
     return (
         f"messages[{turn}]: the chat template renders the conversation up to this answer differently when more follows "
         f"(got {tokenizer.decode(ids[same : same + 8])!r}, alone {tokenizer.decode(rendered[same : same + 8])!r}), so "
-        "the answer's tokens cannot be told from its context. Use a chat template with {% generation %} marks, or one "
-        "row for each answer (prompt and completion)"
+        "the answer's tokens cannot be told from its context. Use a chat template with {% generation %} marks, or rows "
+        "whose 'prompt' and 'completion' are strings"
     )
 
 
-def _apply(messages: Sequence, tokenizer: Any, **kwargs: Any) -> Mapping[str, Any]:
+def _apply(messages: Sequence, tokenizer: Any, tokenize: bool = True, **kwargs: Any) -> Any:
     from jinja2.exceptions import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -137,6 +186,6 @@ def _apply(messages: Sequence, tokenizer: Any, **kwargs: Any) -> Mapping[str, An
             "'text' or of 'prompt' and 'completion' strings"
         )
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **kwargs)
+        return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, return_dict=tokenize, **kwargs)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error

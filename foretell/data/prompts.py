@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foretell.data.chat import chat_ids, chat_ids_and_mask, context_length
+from foretell.data.chat import chat_ids, chat_ids_and_mask, context_length, warn_merged
 from foretell.data.formats import MAX_PROBLEMS, load_rows
 from foretell.data.rows import MASKS, as_list, detect_form
 from foretell.types import IGNORE_INDEX
@@ -256,12 +256,7 @@ def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[li
     while start < len(prompt_ids) and ids[start] == prompt_ids[start]:
         start += 1
     if start < len(prompt_ids):
-        # as TRL: the pair is encoded in one piece, and a token that spans both belongs to the completion
-        warnings.warn(
-            f"The prompt's last tokens merge with the completion: {tokenizer.decode(prompt_ids[start:])!r} is encoded "
-            "otherwise when the answer follows. End prompts where a token ends, without a trailing space.",
-            stacklevel=4,
-        )
+        warn_merged()  # as TRL: the pair is encoded in one piece, and a token that spans both belongs to the completion
     return ids, [0] * start + [1] * (len(ids) - start)
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as lp
@@ -23,18 +25,28 @@ _PREFIX_FREE = (
     lp.LogitNormalization,
     lp.InfNanRemoveLogitsProcessor,
 )
-_NEEDS_MODEL = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
+# these call the model, keep state from step to step, or ask which row of the batch they stand in
+_REFUSED = (
+    lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    lp.PrefixConstrainedLogitsProcessor,
+    lp.SynthIDTextWatermarkLogitsProcessor,
+    lp.EncoderRepetitionPenaltyLogitsProcessor,
+    lp.EncoderNoRepeatNGramLogitsProcessor,
+)
 
 
 class RowScores:
     """Processed scores of draft rows. `plain` says that raw logits already decide (greedy, no processor)."""
 
-    def __init__(self, processors: list | None, do_sample: bool, prompt_width: int = 0) -> None:
+    def __init__(self, processors: list | None, do_sample: bool) -> None:
         self.processors = list(processors or [])
         self.do_sample = do_sample
-        refused = [type(p).__name__ for p in self.processors if isinstance(p, _NEEDS_MODEL)]
+        refused = [type(p).__name__ for p in self.processors if isinstance(p, _REFUSED)]
         if refused:
-            raise ValueError(f"{', '.join(refused)} calls the model itself and cannot run inside a draft; leave it out.")
+            raise ValueError(
+                f"foretell's generate cannot honour: {', '.join(refused)} (needs the model, the batch or its own state at "
+                "each step, which rows of a draft do not have). Leave it out, or call model.generate without foretell."
+            )
         self.plain = not self.processors and not do_sample
         self.prefix_free = all(isinstance(p, _PREFIX_FREE) for p in self.processors)
 
@@ -55,6 +67,16 @@ class RowScores:
             prefix = torch.tensor([before + path[::-1]], device=logits_RV.device)
             score = scores_RV[row : row + 1]
             for processor in self.processors:
-                score = processor(prefix, score)
+                score = _of_row(processor, sequence)(prefix, score)
             rows.append(score)
         return torch.cat(rows)
+
+
+def _of_row(processor: object, sequence: SequenceState) -> object:
+    """The processor for one row of the batch: transformers gives the repetition penalty a number of padding tokens a row."""
+    ignore = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(processor, lp.RepetitionPenaltyLogitsProcessor) or not isinstance(ignore, Tensor):
+        return processor
+    own = copy.copy(processor)
+    own.prompt_ignore_length = ignore[sequence.index : sequence.index + 1]
+    return own

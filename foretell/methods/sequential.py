@@ -27,6 +27,9 @@ from foretell.ops.shift import ahead, future_labels
 from foretell.types import IGNORE_INDEX, Batch, Draft, LossSum, SequenceState, Worth
 
 
+LONGEST_SHARED = 16
+
+
 @dataclass(kw_only=True)
 class SequentialConfig(MTPConfig):
     """Settings of sequential modules."""
@@ -222,10 +225,13 @@ class SequentialDrafter:
     def __init__(self, module: SequentialModule, target: Target, sample: bool = False) -> None:
         self.module, self.target, self.sample = module, target, sample
         self.generator: torch.Generator | None = None
+        # a module reused at every depth can go deeper than it was trained; separate modules end
+        self.longest = LONGEST_SHARED if module.config.shared_module else module.config.depth
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
         self._head = self._draft_head()
+        self.slots = self.capacity = 0
         self.calls = 0  # forwards of one block, for tests and reports
 
     def _draft_head(self) -> nn.Module:
@@ -240,12 +246,16 @@ class SequentialDrafter:
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""
+        if (slots, capacity) == (self.slots, self.capacity):
+            return  # storage is reused; start() forgets what a slot held
         self.slots, self.capacity = slots, capacity
-        D = self.target.hidden_size
-        self._new_states = lambda: torch.zeros(slots * capacity + 1, D, device=self.target.device, dtype=self.target.dtype)
         self._states = [self._new_states()]  # h^0, h^1, ... of every position of every slot; the last row is spare
         self._caches: list[SlotCache] = []
         self._done: list[list[int]] = []
+
+    def _new_states(self) -> Tensor:
+        D = self.target.hidden_size
+        return torch.zeros(self.slots * self.capacity + 1, D, device=self.target.device, dtype=self.target.dtype)
 
     def start(self, slot: int) -> None:
         """A new sequence takes this slot."""
@@ -269,8 +279,8 @@ class SequentialDrafter:
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
         drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
-        wanted = list(lengths)
-        for k in range(1, max(lengths, default=0) + 1):
+        wanted = [min(length, self.longest) for length in lengths]
+        for k in range(1, max(wanted, default=0) + 1):
             for b, draft in enumerate(drafts):
                 if wanted[b] >= k and (len(draft) < k - 1 or (worth is not None and not worth(self.name, b, draft))):
                     wanted[b] = k - 1

@@ -50,6 +50,10 @@ class MTPBlock(nn.Module):
         if how == "identity":  # the block starts as a second reading of the hidden state by the target's last layer
             self.eh_proj.weight.zero_()
             self.eh_proj.weight[:, hidden_half] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
+        elif how == "both":
+            self.eh_proj.weight.zero_()
+            self.eh_proj.weight[:, :D] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
+            self.eh_proj.weight[:, D:] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
         elif how in ("copy", "random"):
             self.eh_proj.weight.normal_(std=std)
         if how == "random":

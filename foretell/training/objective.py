@@ -46,7 +46,8 @@ def objective(
         parts["ntp"] = losses["ntp"].total / counts_K1[0]
         total = total + parts["ntp"]
     depth_losses_K = torch.stack([loss.total for loss in mtp]) / counts_K1[1:]
-    parts["mtp"] = (depth_losses_K * depth_weights(weights, len(mtp), beta).to(depth_losses_K.device)).sum()
+    weights_K = depth_losses_K.new_tensor(depth_weights(weights, len(mtp), beta))
+    parts["mtp"] = (depth_losses_K * weights_K).sum()
     if mtp[0].total.requires_grad:
         total = total + scale * parts["mtp"]
     return total, {name: part.detach() for name, part in parts.items()}

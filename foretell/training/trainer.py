@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from foretell.checkpoint import assign, load_tensors
 from foretell.data.collate import MTPCollator, pack, to_batch
 from foretell.data.formats import load_rows
-from foretell.data.prompts import check_tokenizer, encode_row
+from foretell.data.prompts import check_tokenizer, encode_rows
 from foretell.methods.base import DepthWeights, GradientMode, LossKind, Supervision
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
@@ -110,7 +110,6 @@ class MTPTrainer(Trainer):
             raise ValueError("; ".join(problems))
         if args.resume_from_checkpoint is None and args.output_dir is None:
             raise ValueError("output_dir: got none, wanted a folder for checkpoints.")
-        self.counts = {"rows": 0, "dropped": 0, "truncated": 0}
         train_rows = self._encode(train_dataset, processing_class, args, model, "train_dataset")
         eval_rows = self._encode(eval_dataset, processing_class, args, model, "eval_dataset")
         self._freeze(model, args)
@@ -132,33 +131,18 @@ class MTPTrainer(Trainer):
     def _encode(self, dataset: Any, tokenizer: Any, args: MTPTrainingArguments, model: MTPModel, what: str) -> Any:
         if dataset is None:
             return None
-        rows, out = load_rows(dataset), []
-        limit = min(n for n in (args.max_length, model.target.max_positions, 2**31) if n is not None)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model.target.vocab_size)
-        for number, row in enumerate(rows):
-            if "input_ids" not in row and tokenizer is None:
-                raise ValueError(f"{what}, row {number}: text needs processing_class (the tokenizer); or give input_ids.")
-            encoded = encode_row(row, tokenizer, max_length=limit, assistant_only_loss=args.assistant_only_loss)
-            if max(encoded["input_ids"], default=0) >= model.target.vocab_size:
-                raise ValueError(
-                    f"{what}, row {number}: token id {max(encoded['input_ids'])} does not fit the model's vocabulary of "
-                    f"{model.target.vocab_size}: use the model's own tokenizer."
-                )
-            trained = sum(label != IGNORE_INDEX for label in encoded["labels"][2:])
-            self.counts["rows"] += 1
-            if trained == 0:
-                self.counts["dropped"] += 1
-                continue
-            out.append(encoded)
+        elif any("input_ids" not in row for row in load_rows(dataset)[:1]):
+            raise ValueError(f"{what}: text needs processing_class (the tokenizer); or give rows with input_ids.")
+        limit = min(n for n in (args.max_length, model.target.max_positions, 2**31) if n is not None)
+        out, self.encoding = encode_rows(dataset, tokenizer, limit, args.assistant_only_loss, model.target.vocab_size)
         longest = max((len(row["input_ids"]) for row in out), default=0)
         if longest < model.mtp_config.depth + 2:
             raise ValueError(
                 f"{what}: the longest of {len(out)} usable rows has {longest} tokens, but depth {model.mtp_config.depth} "
                 f"needs at least {model.mtp_config.depth + 2}: give longer rows or a smaller depth."
             )
-        if self.counts["dropped"]:
-            warnings.warn(f"{what}: {self.counts['dropped']} rows have no token to train on and were left out.", stacklevel=3)
         return pack(out, args.max_length) if args.packing and what == "train_dataset" else out
 
     @staticmethod

@@ -18,7 +18,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -58,10 +58,12 @@ def parse_settings(
     *,
     prog: str = "foretell",
     extra_keys: Collection[str] = (),
+    preset: Callable[[str], dict[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
-    """One instance of each class: flags win over the file of --config, the file over defaults.
+    """One instance of each class: flags win over the file of --config, the file over a preset, that over defaults.
 
-    --help and --print-config print and exit. extra_keys are keys of the file that somebody else reads.
+    --help and --print-config print and exit. extra_keys are keys of the file that somebody else reads. preset turns
+    the value of a field named preset into values of other fields.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -73,6 +75,13 @@ def parse_settings(
     for path in [flag.value for flag in flags if flag.name == "config"]:
         entries += [entry for entry in _read_file(path, problems) if entry.name not in extra_keys]
     entries += [flag for flag in flags if flag.name not in OURS]
+    chosen = [entry for entry in entries if entry.name == "preset" and entry.value not in (None, "null")]
+    if preset is not None and chosen:
+        try:
+            values = preset(str(chosen[-1].value))
+            entries = [Entry(f"preset {chosen[-1].value}: {name}", name, value) for name, value in values.items()] + entries
+        except ConfigError as error:
+            problems += error.problems
     instances, values = _build(classes, entries, problems)
     if problems:
         raise ConfigError(problems)
@@ -133,7 +142,7 @@ def help_text(classes: Sequence[type], prog: str) -> str:
         lines.append((cls.__doc__ or cls.__name__).strip().splitlines()[0])
         for field, hint in _fields(cls):
             default = _default(field)
-            ending = "required" if default is dataclasses.MISSING else f"default {_plain(default)}"
+            ending = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"--{_kebab(field.name)}  {field.metadata.get('help', '')} ({describe(hint)}; {ending})"
             if field.name in own:
                 lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent=" " * 6)
@@ -142,6 +151,12 @@ def help_text(classes: Sequence[type], prog: str) -> str:
             lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent=" " * 6)
         lines.append("")
     return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    """A default as a flag or YAML would write it."""
+    words = {"None": "null", "True": "true", "False": "false"}
+    return words.get(str(_plain(default)), str(_plain(default)))
 
 
 # Values and types

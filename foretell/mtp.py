@@ -128,6 +128,17 @@ class MTPModel(nn.Module):
             )
         return {"ntp": ntp, "mtp": mtp}
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As PreTrainedModel's: the target's layers and the module's blocks are computed again in the backward pass."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        like = self.target.layers[0]
+        for part in self.module.modules():
+            if hasattr(part, "gradient_checkpointing"):
+                part._gradient_checkpointing_func = like._gradient_checkpointing_func
+                part.gradient_checkpointing = True
+
     def _kept_rows(self, hidden_BTD: Tensor) -> TargetRows:
         """States that were kept while the target decoded: those that the module reads."""
         hidden_BTD = hidden_BTD.to(self.target.dtype)

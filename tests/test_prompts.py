@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from foretell.data.formats import load_rows
 from foretell.data.prompts import check_tokenizer, encode_prompt, encode_row, encode_rows, preview, prompts_of
 
 CHATML = (
@@ -187,8 +188,8 @@ def test_conversational_completions_leave_earlier_answers_out(template):
     tokenizer = make_tokenizer(template)
     assert preview(row, tokenizer) == SHOWN.replace("⟦two three<|im_end|>⟧", "two three<|im_end|>")
     everything = encode_row(row, tokenizer, assistant_only_loss=False)
-    start = len(encode_prompt({"messages": messages[:4]}, tokenizer)) - 3  # generation prompt: three tokens
-    assert [label != -100 for label in everything["labels"]].index(True) >= start
+    start = len(encode_prompt(row, tokenizer))
+    assert everything["labels"] == [-100] * start + everything["input_ids"][start:]
 
 
 def test_ready_rows_take_labels_or_masks():
@@ -242,9 +243,7 @@ def test_nothing_left_to_train_on_is_an_error(recwarn):
 def test_errors_of_encoding_name_the_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"text": "one"}\n{"prompt": "one"}\n{"input_ids": [3, 4000]}\n')
-    from foretell.data.formats import load_rows
-
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="line 2") as error:
         encode_rows(load_rows(path), make_tokenizer(), vocab_size=97)
     lines = str(error.value).splitlines()
     assert lines[0].startswith("prompts.jsonl, line 2: got a prompt without an answer")

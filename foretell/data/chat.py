@@ -131,8 +131,7 @@ def _begins_with(messages: Sequence, count: int, tokenizer: Any, template: dict,
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of control tokens: those the tokenizer names, and added ones marked special (`<|im_end|>` often is only
-    that)."""
+    """Ids of control tokens: those the tokenizer names, and those only marked special, as `<|im_end|>` often is."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return added | set(tokenizer.all_special_ids)
 

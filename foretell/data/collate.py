@@ -44,21 +44,21 @@ class MTPCollator:
         Raises:
             ValueError: columns of a row differ in length, or only some rows carry hidden states.
         """
-        rows = [_whole(row) for row in rows]
-        T = max(len(row["input_ids"]) for row in rows)
+        whole = [_whole(row) for row in rows]
+        T = max(len(row["input_ids"]) for row in whole)
         if self.pad_to_multiple_of:
             T += -T % self.pad_to_multiple_of
         batch = {
-            "input_ids": _padded(rows, "input_ids", T, self.pad_token_id),
-            "labels": _padded(rows, "labels", T, IGNORE_INDEX),
-            "document_ids": _padded(rows, "document_ids", T, PAD_DOCUMENT),
-            "position_ids": _padded(rows, "position_ids", T, 0),
+            "input_ids": _padded(whole, "input_ids", T, self.pad_token_id),
+            "labels": _padded(whole, "labels", T, IGNORE_INDEX),
+            "document_ids": _padded(whole, "document_ids", T, PAD_DOCUMENT),
+            "position_ids": _padded(whole, "position_ids", T, 0),
         }
         batch["attention_mask"] = (batch["document_ids"] != PAD_DOCUMENT).long()
-        if self.hidden and _all_or_none_hidden(rows):
-            first_TD = torch.as_tensor(rows[0]["hidden_states"])
-            hidden_BTD = first_TD.new_zeros(len(rows), T, first_TD.shape[-1])
-            for at, row in enumerate(rows):
+        if self.hidden and _all_or_none_hidden(whole):
+            first_TD = torch.as_tensor(whole[0]["hidden_states"])
+            hidden_BTD = first_TD.new_zeros(len(whole), T, first_TD.shape[-1])
+            for at, row in enumerate(whole):
                 hidden_BTD[at, : len(row["input_ids"])] = torch.as_tensor(row["hidden_states"])
             batch["hidden_states"] = hidden_BTD
         return batch

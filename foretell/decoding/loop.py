@@ -49,11 +49,13 @@ class Decoder:
         generator: torch.Generator | None = None,
         emit: Callable[[SequenceState, list[int]], None] | None = None,
         leave: Callable[[SequenceState], None] | None = None,
+        stop_admitting: Callable[[], bool] | None = None,
     ) -> GenerationStats:
         """Extend each sequence until finished(sequence) is true; it is asked after every single token.
 
         max_tokens: longest that a sequence gets, prompt included. slots: how many are decoded at once. emit: told of
         each round's new tokens. leave: told of each sequence as it ends (its slot is still whole then).
+        stop_admitting: once true, sequences still waiting are left as they are.
         """
         self.scores, self.finished, self.policy, self.generator = scores, finished, policy, generator
         self.adaptive = num_draft_tokens if isinstance(num_draft_tokens, AdaptiveLength) else None
@@ -69,9 +71,13 @@ class Decoder:
         waiting = sorted(sequences, key=lambda s: len(s.tokens))
         self.active: list[SequenceState] = []
         while waiting or self.active:
+            if stop_admitting is not None and stop_admitting():
+                waiting = []
             free = self.cache.slots - len(self.active)
             if waiting and free >= min(len(waiting), max(1, self.cache.slots // 8)):
                 self._admit([waiting.pop() for _ in range(min(free, len(waiting)))])
+            if not self.active:
+                break
             for sequence, tokens in self._round():
                 if emit is not None and tokens:
                     emit(sequence, tokens)

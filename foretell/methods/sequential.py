@@ -80,7 +80,10 @@ class SequentialModule(nn.Module):
         self.config = config
         blocks = 1 if config.shared_module else config.depth
         self.blocks = nn.ModuleList(
-            MTPBlock(target, config.fusion_order, config.chain_raw, config.initialisation) for _ in range(blocks)
+            MTPBlock(
+                target, config.fusion_order, config.chain_raw, config.initialisation, config.hidden_source == "post_norm"
+            )
+            for _ in range(blocks)
         )
         ids = None
         if config.draft_vocab_size is not None:  # until set_draft_vocabulary: the lowest ids, often bytes and short words

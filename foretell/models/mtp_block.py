@@ -15,6 +15,8 @@ from foretell.models.attention import RowMasks
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 
+import os
+EMB=float(os.environ.get("EMB","0"))
 FusionOrder = Literal["embedding_hidden", "hidden_embedding"]
 
 
@@ -24,7 +26,9 @@ class MTPBlock(nn.Module):
     forward returns (what the head reads, what the next depth receives).
     """
 
-    def __init__(self, target: Target, order: FusionOrder, chain_raw: bool, initialisation: str) -> None:
+    def __init__(
+        self, target: Target, order: FusionOrder, chain_raw: bool, initialisation: str, post_norm: bool = True
+    ) -> None:
         super().__init__()
         D, like = target.hidden_size, target.head.weight
         self.order, self.chain_raw = order, chain_raw
@@ -38,24 +42,27 @@ class MTPBlock(nn.Module):
         self.norm = copy.deepcopy(target.norm)
         self.masks = RowMasks()
         self.masks.hang_on(block)
-        self._initialise(target, initialisation)
+        self._initialise(target, initialisation, post_norm)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
     @torch.no_grad()
-    def _initialise(self, target: Target, how: str) -> None:
+    def _initialise(self, target: Target, how: str, post_norm: bool) -> None:
         D = target.hidden_size
-        hidden_half = slice(0, D) if self.order == "hidden_embedding" else slice(D, 2 * D)
+        halves = slice(0, D), slice(D, 2 * D)
+        hidden_half, embedding_half = halves if self.order == "hidden_embedding" else halves[::-1]
         std = getattr(target.config, "initializer_range", 0.02) or 0.02
-        if how == "identity":  # the block starts as a second reading of the hidden state by the target's last layer
+        self.eh_proj.weight.normal_(std=std)
+        if how == "identity":
+            # the block is a copy of the target's last layer, so it must read what that layer reads: the direction of the
+            # state before the final norm (undo its weight), at the residual stream's size
             self.eh_proj.weight.zero_()
-            self.eh_proj.weight[:, hidden_half] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
-        elif how == "both":
-            self.eh_proj.weight.zero_()
-            self.eh_proj.weight[:, :D] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
-            self.eh_proj.weight[:, D:] = torch.eye(D, dtype=self.eh_proj.weight.dtype)
-        elif how in ("copy", "random"):
-            self.eh_proj.weight.normal_(std=std)
+            scale_D = torch.full((D,), self._residual_size(target), dtype=torch.float32, device=self.eh_proj.weight.device)
+            if post_norm:
+                weight_D = target.norm.weight.float()
+                scale_D = scale_D * weight_D.abs().median() / torch.where(weight_D.abs() < 0.05, torch.inf, weight_D)
+            self.eh_proj.weight[:, hidden_half] = torch.diag(scale_D).to(self.eh_proj.weight.dtype)
+            self.eh_proj.weight[:, embedding_half] = torch.eye(D, dtype=self.eh_proj.weight.dtype)*EMB
         if how == "random":
             for module in self.block.modules():
                 for name, parameter in module.named_parameters(recurse=False):
@@ -64,6 +71,13 @@ class MTPBlock(nn.Module):
                     elif name == "bias":
                         parameter.zero_()
             _reset_norm(self.norm)
+
+    def _residual_size(self, target: Target) -> float:
+        """Typical root mean square of what the last layer reads, over a few arbitrary tokens."""
+        count = min(32, target.vocab_size)
+        ids = torch.linspace(0, target.vocab_size - 1, count, device=target.device).long()[None]
+        states = target.forward_text(ids, torch.arange(count, device=target.device)[None]).pre_norm_BRD
+        return float(states.float().pow(2).mean(-1).sqrt().median())
 
     def forward(
         self,

@@ -121,6 +121,7 @@ class MTPTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # objective() divides by counts of the whole accumulated step
         self.can_return_loss = True
         self._logged: dict[str, list[Tensor]] = {}
+        self.step_tokens = 0  # answer tokens of the current step on this rank
         self.remove_callback(PrinterCallback)
         if args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -167,6 +168,7 @@ class MTPTrainer(Trainer):
         )
         if not torch.is_tensor(counts_K1):  # an empty iterator
             return torch.zeros(1 + mtp.mtp_config.depth, device=device)
+        self.step_tokens = int(counts_K1[0])
         counts_K1 = counts_K1.to(device)
         if self.args.world_size > 1:
             counts_K1 = self.accelerator.gather(counts_K1[None]).sum(0)
@@ -275,8 +277,9 @@ class MTPTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _draft_ids(self) -> Tensor | None:
-        # teacher supervision counts every labelled place: the distribution is there even if the label is not drafted
-        if self.args.mtp_supervision == "teacher":  # type: ignore[attr-defined]
+        # a teacher is asked in every labelled place, drafted label or not; where its choice is no draft token the row
+        # adds nothing, but it counts, since counts are known before any forward
+        if self.args.mtp_supervision != "labels":  # type: ignore[attr-defined]
             return None
         return getattr(self._mtp().module, "draft_vocab_ids", None)
 

@@ -1,0 +1,78 @@
+"""foretell inspect: what is in a module's folder, without loading a target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foretell.config import parse
+
+
+@dataclass(kw_only=True)
+class InspectSettings:
+    """Flags of `foretell inspect`."""
+
+    folder: str = field(metadata={"help": "Folder written by save_pretrained or foretell train.", "positional": True})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of lines."})
+
+
+def describe(folder: str | Path) -> dict:
+    """Method, settings, sizes, memory, the target it fits, and where it comes from."""
+    from safetensors import safe_open
+
+    from foretell.checkpoint import WEIGHTS_FILE, read_config
+
+    about = read_config(folder)
+    tensors = {}
+    with safe_open(Path(folder) / WEIGHTS_FILE, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            part = file.get_slice(name)
+            tensors[name] = {"shape": list(part.get_shape()), "dtype": part.get_dtype()}
+    numbers = 0
+    for part in tensors.values():
+        count = 1
+        for size in part["shape"]:
+            count *= size
+        numbers += count
+    return {
+        "folder": str(folder),
+        "method": about["config"]["method"],
+        "config": about["config"],
+        "parameters": about["parameters"],
+        "numbers": numbers,
+        "bytes": (Path(folder) / WEIGHTS_FILE).stat().st_size,
+        "target": about["target"],
+        "target_beside": (Path(folder) / "config.json").is_file(),
+        "notes": about.get("notes") or {},
+        "provenance": about["provenance"],
+        "tensors": tensors,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; the exit code."""
+    settings = parse(InspectSettings, argv, prog="foretell inspect")
+    found = describe(settings.folder)
+    if settings.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    target, origin = found["target"], found["provenance"]
+    print(f"{found['folder']}: {found['method']} module, depth {found['config']['depth']}")
+    print(f"  parameters  {found['parameters']:,} ({found['bytes'] / 1e6:.1f} MB on disk)")
+    for name, value in found["config"].items():
+        if name not in ("method", "depth"):
+            print(f"  {name:<18}{value}")
+    print(f"  for         {target['architecture']}, width {target['hidden_size']}, {target['num_hidden_layers']} layers, "
+          f"vocabulary {target['vocab_size']}, weights {target['weights']}")
+    if found["target_beside"]:
+        print("  the trained target lies in the same folder (joint training)")
+    for name, value in (found["notes"].get("training") or {}).items():
+        print(f"  {name:<28}{value}")
+    print(f"  made        {origin.get('time')} with foretell {origin.get('versions', {}).get('foretell', '?')}")
+    print(f"  command     {origin.get('command')}")
+    print(f"  tensors     {len(found['tensors'])}")
+    for name, part in found["tensors"].items():
+        print(f"    {name:<58}{part['dtype']:<6}{'x'.join(map(str, part['shape']))}")
+    return 0

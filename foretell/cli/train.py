@@ -1,0 +1,93 @@
+"""foretell train: give a target an MTP module and train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foretell.cli.loading import DTYPES, load_target
+from foretell.config import parse_settings, to_yaml
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """What `foretell train` needs beside the module's settings and the training arguments."""
+
+    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
+    data: str = field(metadata={"help": "Training rows: JSONL, parquet, a folder of them, or a datasets name."})
+    eval_data: str | None = field(default=None, metadata={"help": "Evaluation rows; without them the last 5 % of data."})
+    preset: str | None = field(default=None, metadata={"help": "A preset of recipes/ or a YAML file like them."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    regenerate: bool = field(default=False, metadata={"help": "The target answers the prompts itself first (resumable)."})
+    regenerate_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    from_scratch: bool = field(default=False, metadata={"help": "Random weights from the model's config (joint training)."})
+    dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
+
+    def problems(self) -> list[str]:
+        """See config.check."""
+        found = []
+        if self.dtype not in DTYPES:
+            found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
+        if self.regenerate_max_new_tokens < 2:
+            found.append(f"regenerate_max_new_tokens: got {self.regenerate_max_new_tokens}, wanted at least 2.")
+        return found
+
+
+def _preset_values(name: str) -> dict[str, Any]:
+    from foretell.methods.base import load_preset
+
+    loaded = load_preset(name)
+    return {**{k: v for k, v in loaded["module"].items() if k != "method"}, **loaded["training"]}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; the exit code."""
+    from foretell.methods.sequential import SequentialConfig
+    from foretell.training.trainer import MTPTrainingArguments
+
+    settings, module, args = parse_settings(
+        [TrainSettings, SequentialConfig, MTPTrainingArguments], argv, prog="foretell train", preset=_preset_values
+    )
+    if args.output_dir is None:
+        raise ValueError("output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR.")
+    from foretell.data.formats import load_rows
+    from foretell.data.prompts import encode_rows
+    from foretell.data.vocabulary import coverage, frequent_tokens
+    from foretell.mtp import get_mtp_model
+    from foretell.training.regenerate import eos_ids, regenerate
+    from foretell.training.trainer import MTPTrainer
+
+    rows = load_rows(settings.data)
+    if settings.eval_data is not None:
+        train_rows, eval_rows = rows, load_rows(settings.eval_data, split="test")
+    else:
+        held = max(1, min(64, len(rows) // 20))
+        train_rows, eval_rows = rows[:-held] or rows, rows[-held:]
+    model, tokenizer = load_target(settings.model, settings.dtype, settings.from_scratch)
+    mtp = get_mtp_model(model, module)
+    train_set: Any = train_rows
+    if settings.regenerate:
+        folder = Path(args.output_dir) / "answers"
+        train_set, _ = regenerate(
+            mtp, train_rows, tokenizer, folder, max_new_tokens=settings.regenerate_max_new_tokens,
+            keep_hidden=not args.trains_target,
+        )
+    if module.draft_vocab_size is not None:
+        encoded, _ = encode_rows(train_set, tokenizer, args.max_length, args.assistant_only_loss)
+        ids = frequent_tokens(encoded, module.draft_vocab_size, mtp.target.vocab_size, sorted(eos_ids(mtp, tokenizer)))
+        mtp.module.set_draft_vocabulary(ids)
+        print(f"draft vocabulary: {len(ids)} tokens cover {100 * coverage(encoded, ids):.1f} % of the answers")
+    trainer = MTPTrainer(
+        model=mtp, args=args, train_dataset=train_set, eval_dataset=eval_rows, processing_class=tokenizer
+    )
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(args.output_dir) / "run.yaml").write_text(to_yaml(settings, module, args), encoding="utf-8")
+    trainer.train(resume_from_checkpoint=True if settings.resume else None)
+    metrics = trainer.measure_tau()
+    trainer.save_model(args.output_dir)
+    if metrics:
+        print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    print(f"module saved in {args.output_dir}")
+    return 0

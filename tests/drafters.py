@@ -1,0 +1,197 @@
+"""Drafters for tests: scripted ones that need no model, and a target with a module that knows most of its text."""
+
+# V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tiny import tiny_model
+from torch import Tensor, nn
+
+from foretell.methods.sequential import SequentialConfig
+from foretell.mtp import MTPModel, get_mtp_model
+from foretell.types import Draft, SequenceState, Worth
+
+# how far a target leans on its last token (see leaning_model): most drafts are right, some are wrong, on every architecture
+LEAN = {"gemma2": 15.0, "gemma3_text": 40.0, "olmo2": 90.0, "mixtral": 8.0}
+
+
+def leaning_model(name: str = "llama", seed: int = 0, lean: float | None = None, **changes: object) -> nn.Module:
+    """A tiny target whose embeddings outweigh its layers, so that its next token depends mostly on its last one."""
+    model = tiny_model(name, seed, **{"tie_word_embeddings": False, **changes})
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(LEAN.get(name, 3.0) if lean is None else lean)
+    return model
+
+
+def knowing_mtp(model: nn.Module, noise: float = 0.0, **settings: object) -> MTPModel:
+    """A module that reads only the embedding of the token k ahead, as a leaning_model nearly does: it drafts well.
+
+    noise: how much of random weights is mixed into its fusions (each depth its own), so that all inputs count.
+    """
+    mtp = get_mtp_model(model, SequentialConfig(**{"depth": 3, **settings}))
+    D = mtp.target.hidden_size
+    at = D if settings.get("fusion_order") == "hidden_embedding" else 0
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        size = mtp.target.embed(torch.arange(mtp.target.vocab_size)).pow(2).mean().sqrt()
+        for block in mtp.module.blocks:
+            block.eh_proj.weight.copy_(torch.randn(D, 2 * D, generator=generator) * noise * size / D**0.5)
+            block.eh_proj.weight[:, at : at + D] += torch.eye(D) * size
+    return mtp
+
+
+class Scripted:
+    """Base of the scripted drafters. It also holds the loop to its protocol: every cached position of every sequence is
+    observed once and in order, in the slot where the sequence lives, also after it moved.
+    """
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self.calls = 0  # rounds in which something was asked for
+        self.asked: list[list[int]] = []  # lengths of each round
+        self.moves = 0
+
+    def open(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.seen = [0] * slots
+
+    def start(self, slot: int) -> None:
+        self.seen[slot] = 0
+
+    def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
+        for sequence, path in zip(sequences, kept, strict=True):
+            self.seen[sequence.slot] += len(path)
+            assert self.seen[sequence.slot] == sequence.cached <= self.capacity
+            assert path == sorted(set(path)) and all(0 <= row < rows.post_norm_BRD.shape[1] for row in path)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        assert self.seen[source] == length and source != target
+        self.seen[target] = length
+        self.moves += 1
+
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
+        assert [s.slot for s in sequences] == list(range(len(sequences))), "active sequences stand in slots 0, 1, ..."
+        assert all(s.cached == len(s.tokens) - 1 for s in sequences), "all but the last token are in the cache"
+        self.asked.append(list(lengths))
+        self.calls += any(lengths)
+        return [self._draft(s, length, b, worth) for b, (s, length) in enumerate(zip(sequences, lengths, strict=True))]
+
+    def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+        draft = Draft()
+        for token in self.chain(sequence, length):
+            if worth is not None and not worth(self.name, b, draft):
+                break
+            add(draft, token, len(draft) - 1, self.name)
+        return draft
+
+    def chain(self, sequence: SequenceState, length: int) -> list[int]:
+        """Tokens to propose, at most length."""
+        raise NotImplementedError
+
+
+def add(draft: Draft, token: int, parent: int, source: str, probs_V: Tensor | None = None) -> int:
+    """Append a token; returns its index."""
+    draft.tokens.append(token)
+    draft.parents.append(parent)
+    draft.confidence.append(0.5)
+    draft.sources.append(source)
+    if draft.probs is not None:
+        draft.probs.append(probs_V)
+    return len(draft) - 1
+
+
+class Oracle(Scripted):
+    """Drafts the true continuation up to the script's next length, then tokens that are wrong.
+
+    truth: for each sequence's index, prompt and continuation. script: accept lengths, used up one a verification and
+    sequence, in a circle.
+    """
+
+    name = "oracle"
+
+    def __init__(self, truth: Sequence[Sequence[int]], script: Sequence[int] = (10**6,), vocabulary: int = 97) -> None:
+        super().__init__()
+        self.truth, self.script, self.vocabulary = [list(t) for t in truth], list(script), vocabulary
+        self.turn = [0] * len(self.truth)
+
+    def chain(self, sequence: SequenceState, length: int) -> list[int]:
+        truth, n = self.truth[sequence.index], len(sequence.tokens)
+        assert sequence.tokens == truth[:n], "the text so far is not the target's own"
+        right = self.script[self.turn[sequence.index] % len(self.script)]
+        self.turn[sequence.index] += 1
+        tokens = []
+        for i in range(length):
+            known = truth[n + i] if n + i < len(truth) else 0
+            tokens.append(known if i < right else (known + 1 + i) % self.vocabulary)
+        return tokens
+
+
+class Wrong(Oracle):
+    """Never right."""
+
+    name = "wrong"
+
+    def __init__(self, truth: Sequence[Sequence[int]], vocabulary: int = 97) -> None:
+        super().__init__(truth, (0,), vocabulary)
+
+
+class Branching(Oracle):
+    """Trees: below each right token first a wrong one, with a child that would be right elsewhere, then the right one."""
+
+    name = "branching"
+
+    def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+        draft, at = Draft(), -1
+        right = self.chain(sequence, length)
+        for depth, token in enumerate(right):
+            if worth is not None and not worth(self.name, b, draft):
+                break
+            wrong = add(draft, (token + 1) % self.vocabulary, at, self.name)
+            if depth + 1 < length:
+                add(draft, right[depth + 1], wrong, self.name)
+            at = add(draft, token, at, self.name)
+        return draft
+
+
+class Sampling(Scripted):
+    """Draws drafts from a fixed distribution of the next token given the last, and says so: probs_VV[last] is the row.
+
+    width: siblings drawn at each node, of which the last is followed.
+    """
+
+    name = "sampling"
+
+    def __init__(self, probs_VV: Tensor, width: int = 1) -> None:
+        super().__init__()
+        self.probs_VV, self.width = probs_VV, width
+        self.generator: torch.Generator | None = None  # the decoder sets it
+
+    def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+        draft, at, last = Draft(probs=[]), -1, sequence.tokens[-1]
+        for _ in range(length):
+            q_V, below = self.probs_VV[last], at
+            for _ in range(self.width):
+                last = int(torch.multinomial(q_V, 1, generator=self.generator))
+                at = add(draft, last, below, self.name, q_V)
+        return draft
+
+
+class Spy:
+    """Passes everything on to a drafter and keeps what it drafted: (sequence's index, its cached tokens, draft)."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.name = inner, inner.name
+        self.drafted: list[tuple[int, int, Draft]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
+        drafts = self.inner.draft(sequences, lengths, worth)
+        self.drafted += [(s.index, s.cached, d) for s, d in zip(sequences, drafts, strict=True)]
+        return drafts

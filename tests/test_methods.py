@@ -1,0 +1,602 @@
+"""What every method promises in training: its gradients go where the mode says, its losses are those that plain autograd
+finds over all logits, and neither packing nor padding can be seen in a number.
+
+The reference is the recipe (DeepSeek-V3 report, arXiv 2412.19437, section 2.2) written again: one document at a time,
+dense masks, eager attention, all logits at once. Generic tests run for every method of METHODS and need a settings line
+in SETTINGS; a method's own reference stands in REFERENCES.
+"""
+
+# B rows, T positions, K depths, D hidden width, V vocabulary, M draft vocabulary.
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foretell.data.collate import to_batch
+from foretell.methods.base import METHODS, MTPConfig, config_class
+from foretell.mtp import MTPModel, get_mtp_model
+from foretell.training.objective import count_labels
+from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
+from foretell.types import IGNORE_INDEX, PAD_DOCUMENT
+from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
+
+# what a method is tested with: settings under which every parameter matters from the first step on
+SETTINGS: dict[str, dict[str, Any]] = {"sequential": {"initialisation": "copy"}}
+SUPERVISIONS = [
+    ("labels", "ce"),
+    ("teacher", "ce"),
+    ("teacher", "kl"),
+    ("teacher", "reverse_kl"),
+    ("teacher", "tv"),
+    ("teacher_hard", "ce"),
+]
+# fp32 on paths that sum in another order: tens of roundings of 6e-8, amplified by a few layers with wide weights
+FP32 = 2e-5
+# weights of the depths in a differentiated sum: unequal and of both signs, so that swapped depths show
+COEFFICIENTS = (1.0, -0.7, 0.45)
+Document = tuple[list[int], list[int]]  # ids, labels
+
+
+def settings(method: str, **changes: Any) -> MTPConfig:
+    return config_class(method)(**{**SETTINGS[method], **changes})
+
+
+def make(method: str, architecture: str = "llama", model: dict | None = None, **changes: Any) -> MTPModel:
+    """A tiny model with a module whose parameters all differ from their neutral start, norms included."""
+    mtp = get_mtp_model(tiny_model(architecture, **(model or {})), settings(method, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in mtp.module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.15 if parameter.dim() == 1 else 0.3 / math.sqrt(parameter.shape[-1])))
+    if getattr(mtp.module, "draft_vocab_ids", None) is not None:
+        chosen = torch.randperm(VOCAB, generator=generator)[: len(mtp.module.draft_vocab_ids)]
+        mtp.module.set_draft_vocabulary(chosen.sort().values)
+    return mtp
+
+
+def documents(*lengths: int, seed: int = 2) -> list[Document]:
+    """Random documents in which about a third of the tokens is not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for length in lengths:
+        ids = torch.randint(2, VOCAB, (length,), generator=generator)
+        masked = torch.rand(length, generator=generator) < 0.35
+        out.append((ids.tolist(), torch.where(masked, IGNORE_INDEX, ids).tolist()))
+    return out
+
+
+ROWS = [documents(11, 4, 9), documents(14, 2, seed=3)]  # the second row ends in padding
+
+
+def packed(rows: list[list[Document]], padding: int = 3) -> dict[str, Tensor]:
+    """Rows of documents as the collator would give them."""
+    T = max(sum(len(ids) for ids, _ in row) for row in rows) + padding
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "document_ids": [], "position_ids": []}
+    for row in rows:
+        filling = T - sum(len(ids) for ids, _ in row)
+        columns["input_ids"].append([t for ids, _ in row for t in ids] + [0] * filling)
+        columns["labels"].append([t for _, labels in row for t in labels] + [IGNORE_INDEX] * filling)
+        numbers = [n for n, (ids, _) in enumerate(row) for _ in ids]
+        columns["document_ids"].append(numbers + [PAD_DOCUMENT] * filling)
+        columns["position_ids"].append([p for ids, _ in row for p in range(len(ids))] + [0] * filling)
+    batch = {name: torch.tensor(values) for name, values in columns.items()}
+    return {**batch, "attention_mask": (batch["document_ids"] != PAD_DOCUMENT).long()}
+
+
+def backward(mtp: MTPModel, inputs: dict[str, Tensor], **mode: Any) -> list[Any]:
+    """The depths' losses, after their weighted sum was differentiated."""
+    mtp.zero_grad()
+    losses = mtp(**inputs, **mode)["mtp"]
+    sum(c * loss.total for c, loss in zip(COEFFICIENTS, losses)).backward()
+    return losses
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def off(got: Tensor, wanted: Tensor) -> float:
+    """Distance as a part of the wanted tensor's norm: 1 for zeros, 2 for a flipped sign, 1 for twice as much."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = FP32) -> None:
+    """Each gradient against its own size, except where it is nothing but rounding beside the largest."""
+    assert got.keys() == wanted.keys()
+    floor = 1e-4 * max(float(w.norm()) for w in wanted.values())
+    for name, gradient in wanted.items():
+        distance = float((got[name].double() - gradient.double()).norm())
+        assert distance <= tolerance * max(float(gradient.norm()), floor), name
+
+
+def test_the_comparison_itself_can_fail():
+    wanted = {"a": torch.randn(5), "b": 1e-3 * torch.randn(4)}
+    assert_close(wanted, wanted)
+    for wrong in (torch.zeros(4), -wanted["b"], 2 * wanted["b"], wanted["b"] * (1 + 1e-3)):
+        with pytest.raises(AssertionError):
+            assert_close({**wanted, "b": wrong}, wanted)
+
+
+def test_every_method_is_tested():
+    assert SETTINGS.keys() == METHODS.keys() == REFERENCES.keys()
+
+
+# -- where gradients go ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_on_every_architecture(method, architecture):
+    mtp = make(method, architecture, depth=2).train()
+    losses = backward(mtp, packed(ROWS))
+    assert all(torch.isfinite(loss.total) and loss.total > 0 for loss in losses)
+    counts = count_labels(to_batch(packed(ROWS)), 2, None, VOCAB)
+    assert [int(loss.count) for loss in losses] == counts[1:].tolist()
+    found = gradients(mtp.module)
+    assert found and all(torch.isfinite(g).all() for g in found.values())
+    assert all(float(g.norm()) > 0 for g in found.values())
+    assert not gradients(mtp.model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_batch_is_learned_by_heart(method):
+    mtp = make(method, depth=2).train()
+    inputs = packed([documents(16, 8)])
+    optimizer = torch.optim.AdamW(mtp.module.parameters(), lr=5e-3)
+    started = [int(loss.correct) for loss in mtp(**inputs)["mtp"]]
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses = mtp(**inputs)["mtp"]
+        sum(loss.total for loss in losses).backward()
+        optimizer.step()
+    assert all(int(loss.correct) == int(loss.count) > 5 for loss in losses)
+    assert max(started) <= 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_standalone_gives_the_target_exactly_nothing(method, depth, tied, checkpointing):
+    # the target trains too (as under RL), its own loss times zero: what is left is what leaks from the module
+    mtp = make(method, depth=depth, model={"tie_word_embeddings": tied}).train()
+    assert (mtp.target.head.weight is mtp.target.embed_tokens.weight) == tied
+    inputs = packed(ROWS)
+    wanted_losses = backward(mtp, inputs)
+    wanted = gradients(mtp.module)
+    if checkpointing:
+        mtp.activation_checkpointing_enable()
+        assert mtp.target.layers[0].gradient_checkpointing
+        assert any(getattr(part, "gradient_checkpointing", False) for part in mtp.module.modules())
+    found = {}
+    for sign in (0.0, 1.0, -1.0):
+        mtp.zero_grad()
+        out = mtp(**inputs, mtp_training_mode="standalone", train_target=True)
+        mtp_loss = sum(c * loss.total for c, loss in zip(COEFFICIENTS, out["mtp"]))
+        (sign * out["ntp"].total + mtp_loss).backward()
+        found[sign] = gradients(mtp.module), gradients(mtp.model)
+    assert all(torch.equal(loss.total, other.total) for loss, other in zip(out["mtp"], wanted_losses))
+    assert found[0.0][1].keys() == {name for name, _ in mtp.model.named_parameters()}
+    assert all(not gradient.any() for gradient in found[0.0][1].values())
+    assert all(gradient.any() for gradient in found[1.0][1].values())
+    # and the main loss leaks nothing into the module: not one bit, whatever its sign
+    for sign in (0.0, 1.0, -1.0):
+        assert found[sign][0].keys() == wanted.keys()
+        assert all(gradient.any() and torch.equal(gradient, wanted[n]) for n, gradient in found[sign][0].items())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("method", METHODS)
+def test_joint_gives_the_target_a_gradient_everywhere(method, tied):
+    mtp = make(method, depth=2, model={"tie_word_embeddings": tied}).train()
+    backward(mtp, packed(ROWS), mtp_training_mode="joint", train_target=True)
+    found = gradients(mtp.model)
+    assert found.keys() == {name for name, _ in mtp.model.named_parameters()}
+    assert all(gradient.any() for gradient in found.values())
+    stored = gradients(mtp)
+    mtp.activation_checkpointing_enable()
+    backward(mtp, packed(ROWS), mtp_training_mode="joint", train_target=True)
+    assert_close(gradients(mtp), stored, tolerance=1e-6)  # recomputed by the same kernels
+
+
+def train(mtp: MTPModel, folder: Any, **arguments: Any) -> MTPTrainer:
+    rows = [{"input_ids": ids, "labels": labels} for row in ROWS for ids, labels in row if len(ids) > 3]
+    args = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    trainer = MTPTrainer(mtp, MTPTrainingArguments(output_dir=str(folder), **{**args, **arguments}), rows)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("mode", ["disabled", "standalone", "joint"])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_changes_what_the_mode_says_and_not_one_bit_else(method, mode, tmp_path):
+    mtp = make(method, depth=2)
+    before = copy.deepcopy(mtp.state_dict())
+    train(mtp, tmp_path, mtp_training_mode=mode, weight_decay=0.1)
+    changed = {name for name, tensor in mtp.state_dict().items() if not torch.equal(tensor, before[name])}
+    target = {name for name in before if name.startswith("model.")}
+    wanted = {"disabled": target, "standalone": before.keys() - target, "joint": before.keys()}[mode]
+    assert changed == set(wanted)
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+def dense_mask(T: int, window: int | None) -> Tensor:
+    """[1, 1, T, T] to be added to attention scores: -inf for what a position must not see."""
+    at = torch.arange(T)
+    seen = at[:, None] >= at[None, :]
+    if window is not None:
+        seen &= at[:, None] - at[None, :] < window
+    return torch.zeros(T, T).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+
+
+def last_window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return config.sliding_window if kinds[-1] == "sliding_attention" else None
+    return getattr(config, "sliding_window", None)
+
+
+class PlainSequential:
+    """Sequential modules by the recipe, on one document. The block is the target's own layer with eager attention, that
+    borrows the module's parameters: neither our attention function, nor our masks, nor our shifts.
+    """
+
+    def __init__(self, mtp: MTPModel) -> None:
+        self.mtp, self.config = mtp, mtp.mtp_config
+        twin = copy.deepcopy(mtp.target.model)
+        twin.set_attn_implementation("eager")
+        self.decoder = mtp.target.model.get_decoder()
+        self.layer = twin.get_decoder().layers[-1].train(mtp.training)
+
+    def target_states(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """(before, after the final norm) of the target, [1, T, D]."""
+        before: list[Tensor] = []
+        hook = self.mtp.target.norm.register_forward_pre_hook(lambda _m, args: before.append(args[0]))
+        after = self.decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+        hook.remove()
+        return before[0], after
+
+    def states(self, ids: list[int], source: Tensor, detach: bool) -> Iterator[Tensor]:
+        """[1, T, D] of each depth: what the head reads."""
+        T, config = len(ids), self.config
+        position_ids = torch.arange(T)[None]
+        mask = dense_mask(T, last_window(self.mtp.target.config))
+        hidden = source
+        for k in range(1, config.depth + 1):
+            block = self.mtp.module.blocks[0 if config.shared_module else k - 1]
+            embedding = torch.zeros_like(source)
+            if k < T:
+                ahead = self.mtp.target.embed_tokens(torch.tensor([ids[k:]]))
+                embedding = torch.cat([ahead.detach() if detach else ahead, embedding[:, :k]], dim=1)
+            halves = [block.enorm(embedding), block.hnorm(hidden)]
+            if config.fusion_order == "hidden_embedding":
+                halves.reverse()
+            fused = F.linear(torch.cat(halves, dim=-1), block.eh_proj.weight)
+            rotary = self.decoder.rotary_emb
+            kinds = getattr(self.mtp.target.config, "layer_types", None)
+            by_type = self.mtp.target.config.model_type == "gemma3_text"
+            places = rotary(fused, position_ids, kinds[-1]) if by_type else rotary(fused, position_ids)
+            raw = torch.func.functional_call(
+                self.layer,
+                {**dict(block.block.named_parameters()), **dict(block.block.named_buffers())},
+                (fused,),
+                {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": places},
+            )
+            raw = raw[0] if isinstance(raw, tuple) else raw
+            state = block.norm(raw)
+            hidden = raw if config.chain_raw else state
+            yield state
+
+    def __call__(self, ids: list[int], detach: bool = True) -> tuple[list[Tensor], Tensor]:
+        """(each depth's states [1, T, D], the target's states after its final norm)."""
+        with torch.no_grad() if detach else torch.enable_grad():
+            before, after = self.target_states(ids)
+        source = before if self.config.hidden_source == "pre_norm" else after
+        return list(self.states(ids, source, detach)), after.detach()
+
+
+REFERENCES: dict[str, Callable[[MTPModel], Any]] = {"sequential": PlainSequential}
+
+
+def plain_logits(mtp: MTPModel, states: Tensor, detach: bool) -> Tensor:
+    """All logits, by the words of the target's config."""
+    head, config = mtp.target.head, mtp.target.config
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if detach:
+        weight, bias = weight.detach(), bias.detach() if bias is not None else None
+    logits = F.linear(states, weight, bias)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def plain_losses(mtp: MTPModel, docs: list[Document], supervision: str, kind: str, detach: bool, shift: int = 0) -> list:
+    """(total, count, correct) of each depth over documents, by plain autograd. shift: a deliberate mistake."""
+    reference = REFERENCES[mtp.mtp_config.method](mtp)
+    kept = getattr(mtp.module, "draft_vocab_ids", None)
+    kept = torch.arange(VOCAB) if kept is None else kept
+    place = {int(token): at for at, token in enumerate(kept)}
+    K = mtp.mtp_config.depth
+    out = [[torch.zeros(()), 0, 0] for _ in range(K)]
+    for ids, labels in docs:
+        states, after = reference(ids, detach)
+        with torch.no_grad():
+            teacher = plain_logits(mtp, after[0], detach)
+        for k in range(1, K + 1):
+            student = plain_logits(mtp, states[k - 1][0], detach)[:, kept].log_softmax(-1)
+            for i in range(len(ids) - k - 1):
+                label = labels[i + k + 1 - shift]
+                if label == IGNORE_INDEX:
+                    continue
+                said = teacher[i + k]  # the target at i + k speaks of token i + k + 1, as depth k does at i
+                logp, logq = student[i], said[kept].log_softmax(-1)
+                if supervision == "teacher":
+                    p, q = logp.exp(), logq.exp()
+                    loss = {
+                        "ce": -(q * logp).sum(),
+                        "kl": (q * (logq - logp)).sum(),
+                        "reverse_kl": (p * (logp - logq)).sum(),
+                        "tv": (p - q).abs().sum() / 2,
+                    }[kind]
+                    wanted = int(logq.argmax())
+                else:
+                    token = label if supervision == "labels" else int(said.argmax())
+                    if token not in place:
+                        continue
+                    wanted = place[token]
+                    loss = -logp[wanted]
+                out[k - 1][0] = out[k - 1][0] + loss
+                out[k - 1][1] += 1
+                out[k - 1][2] += int(logp.argmax()) == wanted
+    return out
+
+
+VARIANTS = {
+    "llama": {},
+    "reduced": {"draft_vocab_size": 41},
+    "softcap": {"architecture": "gemma2", "model": {"final_logit_softcapping": 4.0}},
+    "bias-reduced-pre": {"architecture": "gpt_neox", "draft_vocab_size": 41, "hidden_source": "pre_norm"},
+}
+
+
+@pytest.mark.parametrize("mode", ["standalone", "joint"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("supervision", "kind"), SUPERVISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_equal_plain_autograd_over_all_logits(method, supervision, kind, variant, mode):
+    mtp = make(method, depth=3, **VARIANTS[variant]).train()
+    # as close to the target as a trained module is, so that drafts are sometimes right
+    losses = backward(
+        mtp, packed(ROWS), mtp_training_mode=mode, mtp_supervision=supervision, mtp_loss=kind, train_target=mode == "joint"
+    )
+    found = gradients(mtp)
+    mtp.zero_grad()
+    docs = [doc for row in ROWS for doc in row]
+    wanted = plain_losses(mtp, docs, supervision, kind, detach=mode == "standalone")
+    sum(c * total for c, (total, _, _) in zip(COEFFICIENTS, wanted)).backward()
+    for loss, (total, count, correct) in zip(losses, wanted, strict=True):
+        assert off(loss.total, total) < FP32
+        assert (int(loss.count), int(loss.correct)) == (count, correct)
+    assert int(losses[0].count) > int(losses[2].count) > 3
+    assert_close(found, gradients(mtp), tolerance=1e-4)  # gradients sum over positions, whose parts partly cancel
+    # the gate sees a label that is one place off
+    if supervision == "labels":
+        shifted = plain_losses(mtp, docs, supervision, kind, detach=True, shift=1)
+        assert all(off(loss.total, total) > 100 * FP32 for loss, (total, _, _) in zip(losses, shifted, strict=True))
+
+
+@pytest.mark.parametrize("supervision", ["labels", "teacher", "teacher_hard"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_never_counts_more_rows_than_it_is_divided_by(method, supervision, tmp_path):
+    mtp = make(method, depth=3, draft_vocab_size=41)
+    args = MTPTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], mtp_supervision=supervision, disable_tqdm=True
+    )
+    trainer = MTPTrainer(mtp, args, [{"input_ids": list(range(2, 12))}])
+    others = [token for token in range(2, VOCAB) if token not in mtp.module.draft_vocab_ids]
+    for inputs in (packed(ROWS), packed([[(others[:20], others[:20])]])):  # in the second no label is a draft token
+        counts = trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
+        losses = mtp(**inputs, mtp_supervision=supervision)["mtp"]
+        assert all(int(loss.count) <= int(count) for loss, count in zip(losses, counts[1:], strict=True))
+        if supervision != "teacher_hard":  # there the target's choice may be no draft token: it counts, with a loss of 0
+            assert [int(loss.count) for loss in losses] == counts[1:].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_all_masked_batch_is_finite_and_changes_nothing(method):
+    mtp = make(method, depth=2).train()
+    inputs = packed(ROWS)
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORE_INDEX)
+    for supervision, kind in SUPERVISIONS:
+        losses = backward(mtp, inputs, mtp_supervision=supervision, mtp_loss=kind)
+        assert all(float(loss.total) == 0 and int(loss.count) == 0 for loss in losses)
+        assert all(not gradient.any() for gradient in gradients(mtp.module).values())
+
+
+# -- packing and padding -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_training_equals_one_document_at_a_time(method, depth):
+    mtp = make(method, depth=depth).train()
+    losses = backward(mtp, packed(ROWS), mtp_training_mode="joint", train_target=True)
+    found = gradients(mtp)
+    mtp.zero_grad()
+    totals, counts = torch.zeros(depth), torch.zeros(depth)
+    for ids, labels in (doc for row in ROWS for doc in row):
+        if len(ids) < depth + 2:
+            continue  # nothing to predict, and refused as a row of its own
+        alone = mtp(
+            input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), mtp_training_mode="joint", train_target=True
+        )["mtp"]
+        sum(c * loss.total for c, loss in zip(COEFFICIENTS, alone)).backward()
+        totals += torch.stack([loss.total.detach() for loss in alone])
+        counts += torch.stack([loss.count for loss in alone])
+    assert off(torch.stack([loss.total for loss in losses]), totals) < FP32
+    assert [int(loss.count) for loss in losses] == counts.tolist()
+    assert_close(found, gradients(mtp))
+
+
+def document_logits(mtp: MTPModel, ids: list[int]) -> Tensor:
+    return mtp.draft_logits(torch.tensor([ids]))[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_states_do_not_see_across_documents_on_any_architecture(method, architecture):
+    # mixture layers may gather tokens of other documents into one matrix product, never into a number
+    mtp = make(method, architecture, depth=2)
+    batch = to_batch(packed(ROWS))
+    with torch.no_grad():
+        rows = mtp.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+        logits = mtp.module.draft_logits(mtp.target, batch, rows)
+    for b, row in enumerate(ROWS):
+        start = 0
+        for ids, _ in row:
+            here = logits[b, start : start + len(ids)]
+            assert off(here, document_logits(mtp, ids)) < FP32
+            start += len(ids)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_is_seen_by_nobody(method, architecture):
+    mtp = make(method, architecture, depth=2)
+    texts = [ids for row in ROWS for ids, _ in row]
+    T = max(map(len, texts)) + 2
+    for side in ("right", "left"):
+        ids, mask = torch.full((len(texts), T), 7), torch.zeros(len(texts), T, dtype=torch.long)
+        for b, text in enumerate(texts):
+            at = slice(0, len(text)) if side == "right" else slice(T - len(text), T)
+            ids[b, at], mask[b, at] = torch.tensor(text), 1
+        logits = mtp.draft_logits(ids, mask)
+        for b, text in enumerate(texts):
+            assert off(logits[b][mask[b] == 1], document_logits(mtp, text)) < FP32, side
+    with_mask = mtp.draft_logits(torch.tensor([texts[0]]), torch.ones(1, len(texts[0])))
+    assert torch.equal(with_mask[0], document_logits(mtp, texts[0]))
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_draft_logits_follow_the_recipe_on_every_architecture(method, architecture):
+    mtp = make(method, architecture, depth=3)
+    ids = ROWS[1][0][0]
+    with torch.no_grad():
+        states, _ = REFERENCES[method](mtp)(ids)
+        wanted = torch.stack([plain_logits(mtp, state[0], detach=True) for state in states], dim=1)
+    logits = document_logits(mtp, ids)
+    assert logits.shape == (len(ids), 3, VOCAB)
+    for k in range(3):
+        assert off(logits[:, k], wanted[:, k]) < FP32
+        assert off(logits[:, k], wanted[:, (k + 1) % 3]) > 100 * FP32
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def llama_layer_by_hand(layer: nn.Module, config: Any, x_TD: Tensor) -> Tensor:
+    """A Llama layer in plain matrix products, position by position."""
+    T, heads, groups = len(x_TD), config.num_attention_heads, config.num_key_value_heads
+    E = config.hidden_size // heads
+    angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, E, 2) / E)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+    def turned(x: Tensor) -> Tensor:  # [T, heads, E]
+        other = torch.cat([-x[..., E // 2 :], x[..., : E // 2]], dim=-1)
+        return x * cos[:, None] + other * sin[:, None]
+
+    a, eps = layer.self_attn, config.rms_norm_eps
+    normed = rms(x_TD, layer.input_layernorm.weight, eps)
+    q = turned((normed @ a.q_proj.weight.T).view(T, heads, E))
+    k = turned((normed @ a.k_proj.weight.T).view(T, groups, E))
+    v = (normed @ a.v_proj.weight.T).view(T, groups, E)
+    attended = torch.zeros(T, heads, E)
+    for t in range(T):
+        for h in range(heads):
+            g = h // (heads // groups)
+            scores = (k[: t + 1, g] @ q[t, h]) / math.sqrt(E)
+            attended[t, h] = scores.softmax(-1) @ v[: t + 1, g]
+    x_TD = x_TD + attended.reshape(T, -1) @ a.o_proj.weight.T
+    normed = rms(x_TD, layer.post_attention_layernorm.weight, eps)
+    m = layer.mlp
+    return x_TD + (F.silu(normed @ m.gate_proj.weight.T) * (normed @ m.up_proj.weight.T)) @ m.down_proj.weight.T
+
+
+@pytest.mark.parametrize("chain_raw", [False, True], ids=["chain-normed", "chain-raw"])
+@pytest.mark.parametrize("fusion_order", ["embedding_hidden", "hidden_embedding"])
+@pytest.mark.parametrize("hidden_source", ["post_norm", "pre_norm"])
+@pytest.mark.parametrize("shared_module", [False, True], ids=["separate", "shared"])
+def test_sequential_by_hand(shared_module, hidden_source, fusion_order, chain_raw):
+    options = {"hidden_source": hidden_source, "fusion_order": fusion_order, "chain_raw": chain_raw}
+    mtp = make("sequential", depth=3, shared_module=shared_module, **options)
+    with torch.no_grad():
+        mtp.target.norm.weight.mul_(torch.linspace(0.3, 2.0, 32))  # else pre and post norm look alike to hnorm
+    assert len(mtp.module.blocks) == (1 if shared_module else 3)
+    config, ids = mtp.target.config, torch.tensor(ROWS[0][0][0])
+    with torch.no_grad():
+        hidden = mtp.model.model.embed_tokens.weight[ids]
+        for layer in mtp.target.layers:
+            hidden = llama_layer_by_hand(layer, config, hidden)
+        if hidden_source == "post_norm":
+            hidden = rms(hidden, mtp.target.norm.weight, config.rms_norm_eps)
+        wanted = []
+        for k in range(1, 4):
+            block = mtp.module.blocks[0 if shared_module else k - 1]
+            embedding = torch.zeros(len(ids), 32)
+            embedding[: len(ids) - k] = mtp.model.model.embed_tokens.weight[ids[k:]]
+            e = rms(embedding, block.enorm.weight, config.rms_norm_eps)
+            h = rms(hidden, block.hnorm.weight, config.rms_norm_eps)
+            W = block.eh_proj.weight  # [D, 2D]: columns of the first half, then of the second
+            first, second = (e, h) if fusion_order == "embedding_hidden" else (h, e)
+            raw = llama_layer_by_hand(block.block, config, first @ W[:, :32].T + second @ W[:, 32:].T)
+            state = rms(raw, block.norm.weight, config.rms_norm_eps)
+            wanted.append(state @ mtp.model.lm_head.weight.T)
+            hidden = raw if chain_raw else state
+    logits = document_logits(mtp, ids.tolist())
+    assert off(logits, torch.stack(wanted, dim=1)) < FP32
+
+
+def test_a_reduced_vocabulary_drafts_nothing_else():
+    full, mtp = make("sequential", depth=2), make("sequential", depth=2, draft_vocab_size=41)
+    ids = ROWS[0][0][0]
+    wanted, logits, kept = document_logits(full, ids), document_logits(mtp, ids), mtp.module.draft_vocab_ids
+    outside = torch.ones(VOCAB, dtype=torch.bool)
+    outside[kept] = False
+    assert len(kept) == 41 and torch.equal(logits[..., kept], wanted[..., kept])
+    assert (logits[..., outside] == float("-inf")).all()
+    with pytest.raises(ValueError, match="draft tokens, wanted draft_vocab_size=41"):
+        mtp.module.set_draft_vocabulary(torch.arange(7))
+    with pytest.raises(ValueError, match="draft_vocab_size: got 98, wanted at most the model's 97"):
+        make("sequential", draft_vocab_size=98)
+
+
+def test_kept_states_give_the_loss_of_the_live_forward():
+    for source in ("post_norm", "pre_norm"):
+        mtp = make("sequential", depth=2, hidden_source=source)
+        inputs = packed(ROWS)
+        batch = to_batch(inputs)
+        rows = mtp.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+        kept = (rows.post_norm_BRD if source == "post_norm" else rows.pre_norm_BRD).detach()
+        for supervision, kind in SUPERVISIONS:
+            mode = {"mtp_supervision": supervision, "mtp_loss": kind}
+            live, wanted = backward(mtp, inputs, **mode), gradients(mtp.module)
+            stored = backward(mtp, {**inputs, "hidden_states": kept}, **mode)
+            assert all(torch.equal(a.total, b.total) for a, b in zip(live, stored, strict=True))
+            found = gradients(mtp.module)
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)

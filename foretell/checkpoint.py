@@ -22,23 +22,25 @@ FORMAT = 1
 
 
 def save_module(
-    module: nn.Module,
+    state_dict: dict[str, torch.Tensor],
     config: MTPConfig,
-    target: Target,
+    target: dict[str, Any],
     folder: str | Path,
     notes: dict[str, Any],
-    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write both files into folder, each whole or not at all: a full disk leaves the old ones as they were."""
-    state = module.state_dict() if state_dict is None else state_dict
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    """Write both files into folder, each whole or not at all: a full disk leaves the old ones as they were.
+
+    state_dict: the module's tensors, whole. target: its fingerprint.
+    """
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items()}
+    weights = [t for t in tensors.values() if t.is_floating_point()]
     about = {
         "format": FORMAT,
         "foretell_version": __version__,
         "config": config.to_dict(),
-        "target": target.fingerprint(),
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        "target": target,
+        "parameters": sum(t.numel() for t in weights),
+        "dtype": str(weights[0].dtype).removeprefix("torch."),
         "provenance": provenance(),
         "notes": notes,
     }
@@ -65,7 +67,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"{path}: format {about['format']}, this foretell reads {FORMAT}; use the version that wrote it."
             )
         about["config"]["method"], about["target"]["architecture"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); copy the folder again.") from None
     return about
 
@@ -86,7 +88,7 @@ def check_target(about: dict[str, Any], target: Target, folder: str | Path) -> N
         warnings.warn(
             f"{folder} was trained for other weights of this architecture (fingerprint {wanted.get('weights')}, here "
             f"{got['weights']}): output stays lossless, but fewer drafts may be accepted.",
-            stacklevel=3,
+            stacklevel=4,  # whoever calls MTPModel.from_pretrained
         )
 
 

@@ -79,7 +79,9 @@ def parse_settings(
     if preset is not None and chosen:
         try:
             values = preset(str(chosen[-1].value))
-            entries = [Entry(f"preset {chosen[-1].value}: {name}", name, value) for name, value in values.items()] + entries
+            entries = [
+                Entry(f"preset {chosen[-1].value}: {name}", name, value) for name, value in values.items()
+            ] + entries
         except ConfigError as error:
             problems += error.problems
     instances, values = _build(classes, entries, problems)

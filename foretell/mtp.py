@@ -52,14 +52,25 @@ class MTPModel(nn.Module):
         """Where the target is."""
         return self.target.device
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """Layer classes that FSDP shards one by one: the target's, of which the module's blocks are too."""
+        return getattr(self.model, "_no_split_modules", None)
+
     # -- storage -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write mtp_config.json and mtp_model.safetensors; the target is not copied.
 
-        state_dict: the module's tensors gathered elsewhere (sharded training).
+        state_dict: all tensors of this MTPModel, gathered elsewhere (sharded training).
         """
-        save_module(self.module, self.mtp_config, self.target, folder, self.notes, state_dict)
+        if state_dict is None:
+            module_state, about_target = self.module.state_dict(), self.target.fingerprint()
+        else:
+            module_state = {n.removeprefix("module."): t for n, t in state_dict.items() if n.startswith("module.")}
+            named = ((n.replace("_checkpoint_wrapped_module.", ""), p) for n, p in self.named_parameters())
+            about_target = self.target.fingerprint({id(p): state_dict[n] for n, p in named if n in state_dict})
+        save_module(module_state, self.mtp_config, about_target, folder, self.notes)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> MTPModel:
@@ -81,7 +92,8 @@ class MTPModel(nn.Module):
 
     @classmethod
     def from_native(cls, model: nn.Module, folder: str | Path) -> MTPModel:
-        """MTP weights that a checkpoint folder already carries and transformers drops on load. See foretell/native.py."""
+        """MTP weights that a checkpoint folder already carries and transformers drops on load. See
+        foretell/native.py."""
         from foretell.native import read_native
 
         config, fill = read_native(Target(model), folder)
@@ -151,8 +163,8 @@ class MTPModel(nn.Module):
     def draft_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, K, V], teacher-forced: what depth k = 1..K says at position t about token t + 1 + k.
 
-        The last entries of a row speak of tokens that are not there yet and read embeddings that are not either (zeros).
-        For small inputs, analysis and tests: it holds B * T * K * V numbers.
+        The last entries of a row speak of tokens that are not there yet and read embeddings that are not either
+        (zeros). For small inputs, analysis and tests: it holds B * T * K * V numbers.
         """
         inputs = {"input_ids": input_ids.to(self.device)}
         inputs["attention_mask"] = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(
@@ -185,10 +197,12 @@ class MTPModel(nn.Module):
         MTPGenerateOutput (sequences, stats) with return_dict_in_generate=True.
 
         num_draft_tokens: drafts a verification; the module's depth if None, 0 is drafting off, "auto" adapts to the
-        machine's cost curve and to what gets accepted. policy: "lossless" (greedy: the target's own output; sampling:
-        its distribution) or a lossy one. drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects. draft_sample_method:
-        "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module's distribution). slots: sequences
-        decoded at once; a larger batch is worked off continuously. generator: seeds sampling.
+            machine's cost curve and to what gets accepted.
+        policy: "lossless" (greedy: the target's own output; sampling: its distribution) or a lossy one.
+        drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects.
+        draft_sample_method: "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module).
+        generator: seeds sampling. slots: sequences decoded at once; a larger batch is worked off continuously.
+
         Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
         tokenizer, ...). Raises ValueError naming what it cannot honour (beams, constraints, ...).
         """
@@ -214,9 +228,10 @@ class MTPModel(nn.Module):
             self.train(was_training)
 
     def drafter(self, sample: bool = False) -> Drafter:
-        """A drafter over the module's current weights, kept until they change."""
-        version, key = weights_version(self.module), ("mtp", sample)
+        """A drafter over the module's and the output head's current weights, kept until they change."""
+        version, key = weights_version(self.module) + weights_version(self.target.head), ("mtp", sample)
         if key not in self._drafters or self._drafters[key][0] != version:
+            self.target.refresh()  # the drafter borrows its packed head
             self._drafters[key] = (version, self.module.drafter(self.target, sample))
         return self._drafters[key][1]
 

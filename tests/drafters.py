@@ -15,15 +15,25 @@ from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.types import Draft, SequenceState, Worth
 
-# how far a target leans on its last token (see leaning_model): most drafts are right, some are wrong, on every architecture
-LEAN = {"gemma2": 15.0, "gemma3_text": 40.0, "olmo2": 90.0, "mixtral": 8.0}
+# architecture: how far the target leans on its last token, and a seed whose text is neither constant nor unpredictable
+LEAN = {
+    "qwen2": (3.0, 2),
+    "gemma2": (15.0, 0),
+    "gemma3_text": (28.0, 0),
+    "phi3": (3.0, 2),
+    "olmo2": (90.0, 0),
+    "qwen3_moe": (3.0, 2),
+    "mixtral": (4.0, 1),
+    "deepseek_v3": (3.0, 0),
+}
 
 
-def leaning_model(name: str = "llama", seed: int = 0, lean: float | None = None, **changes: object) -> nn.Module:
+def leaning_model(name: str = "llama", **changes: object) -> nn.Module:
     """A tiny target whose embeddings outweigh its layers, so that its next token depends mostly on its last one."""
+    lean, seed = LEAN.get(name, (3.0, 1))
     model = tiny_model(name, seed, **{"tie_word_embeddings": False, **changes})
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(LEAN.get(name, 3.0) if lean is None else lean)
+        model.get_input_embeddings().weight.mul_(lean)
     return model
 
 
@@ -50,11 +60,14 @@ class Scripted:
     """
 
     name = "scripted"
+    confidence = 0.5  # what it says of every token
 
     def __init__(self) -> None:
         self.calls = 0  # rounds in which something was asked for
         self.asked: list[list[int]] = []  # lengths of each round
         self.moves = 0
+        self.proposed = 0  # tokens, before anybody pruned them
+        self.proposed_at: list[int] = []  # the same before each round
 
     def open(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
@@ -78,6 +91,7 @@ class Scripted:
         assert [s.slot for s in sequences] == list(range(len(sequences))), "active sequences stand in slots 0, 1, ..."
         assert all(s.cached == len(s.tokens) - 1 for s in sequences), "all but the last token are in the cache"
         self.asked.append(list(lengths))
+        self.proposed_at.append(self.proposed)
         self.calls += any(lengths)
         return [self._draft(s, length, b, worth) for b, (s, length) in enumerate(zip(sequences, lengths, strict=True))]
 
@@ -86,7 +100,8 @@ class Scripted:
         for token in self.chain(sequence, length):
             if worth is not None and not worth(self.name, b, draft):
                 break
-            add(draft, token, len(draft) - 1, self.name)
+            add(draft, token, len(draft) - 1, self.name, confidence=self.confidence)
+        self.proposed += len(draft)
         return draft
 
     def chain(self, sequence: SequenceState, length: int) -> list[int]:
@@ -94,11 +109,13 @@ class Scripted:
         raise NotImplementedError
 
 
-def add(draft: Draft, token: int, parent: int, source: str, probs_V: Tensor | None = None) -> int:
+def add(
+    draft: Draft, token: int, parent: int, source: str, probs_V: Tensor | None = None, confidence: float = 0.5
+) -> int:
     """Append a token; returns its index."""
     draft.tokens.append(token)
     draft.parents.append(parent)
-    draft.confidence.append(0.5)
+    draft.confidence.append(confidence)
     draft.sources.append(source)
     if draft.probs is not None:
         draft.probs.append(probs_V)
@@ -141,7 +158,7 @@ class Wrong(Oracle):
 
 
 class Branching(Oracle):
-    """Trees: below each right token first a wrong one, with a child that would be right elsewhere, then the right one."""
+    """Trees: below each right token first a wrong one, with a child that is right elsewhere, then the right one."""
 
     name = "branching"
 
@@ -155,6 +172,7 @@ class Branching(Oracle):
             if depth + 1 < length:
                 add(draft, right[depth + 1], wrong, self.name)
             at = add(draft, token, at, self.name)
+        self.proposed += len(draft)
         return draft
 
 

@@ -1,4 +1,4 @@
-"""Decoding: whatever drafts, the tokens are transformers' own; the counts are what happened; what was trained drafts."""
+"""Decoding: the tokens are transformers' own, the counts are what happened, and what was trained is what drafts."""
 
 # B sequences, T prompt width.
 
@@ -29,7 +29,7 @@ from foretell.types import SequenceState
 CHEAP_ROWS = CostCurve({1: 1.0, 8: 1.1, 64: 2.0})
 
 
-def prompts(*lengths: int, seed: int = 1) -> dict[str, Tensor]:
+def prompts(*lengths: int, seed: int = 32) -> dict[str, Tensor]:
     """Left-padded prompts. Each says its first half twice, so that lookup finds something."""
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
@@ -104,12 +104,12 @@ def check_stats(stats: GenerationStats, new_tokens: list[int], drafter: str, n: 
 
 # -- losslessness ------------------------------------------------------------------------------------------------------
 
-# prompt lengths, slots, with several end tokens. One token is a prompt too: nothing is cached when drafting begins
+# prompts, slots, with several end tokens. One token is a prompt too: nothing is cached when drafting begins
 BATCHES = {
-    "one": ((9,), 64, False),
-    "two": ((5, 12), 64, False),
-    "five": ((7, 1, 12, 4, 9), 64, True),
-    "five in two slots": ((7, 2, 12, 1, 9), 2, True),
+    "one": (prompts(9, seed=18), 64, False),
+    "two": (prompts(6, 9), 64, False),
+    "five": (prompts(7, 2, 12, 1, 9, seed=33), 64, True),
+    "five in two slots": (prompts(7, 1, 12, 4, 9, seed=33), 2, True),
 }
 
 
@@ -127,12 +127,12 @@ def new_tokens_of(out_BT: Tensor, T: int, eos: list[int] | None) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, "auto"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("batch", "n"), [(batch, n) for batch in BATCHES for n in (1, 2, 3, "auto") if batch == "two" or n in (3, "auto")]
+)
 def test_greedy_is_transformers_own(batch, drafter, n):
-    lengths, slots, stops = BATCHES[batch]
-    inputs, mtp = prompts(*lengths), mtp_of(drafter == "shared")
+    (inputs, slots, stops), mtp = BATCHES[batch], mtp_of(drafter == "shared")
     T = inputs["input_ids"].shape[1]
     eos = ends(mtp.model, inputs, 20) if stops else None
     wanted = reference(mtp.model, inputs, max_new_tokens=20, eos_token_id=eos)
@@ -144,10 +144,21 @@ def test_greedy_is_transformers_own(batch, drafter, n):
     check_stats(out.stats, counts, drafter, n)
 
 
+@pytest.mark.parametrize("drafter", ["mtp", "mtp+lookup", "tree"])
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1)])
+def test_prompts_of_one_token(lengths, drafter):
+    """Nothing is cached when the first drafts are asked for."""
+    inputs = prompts(*lengths)
+    wanted = reference(target(), inputs, max_new_tokens=12)
+    proposer = Branching(texts(inputs, wanted)) if drafter == "tree" else drafter
+    out = run(mtp_of(), inputs, max_new_tokens=12, drafter=proposer)
+    assert out.sequences.tolist() == wanted.tolist()
+    assert out.stats.target_forwards == out.stats.verifications, "there is nothing to prefill"
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_drafting_off(batch):
-    lengths, slots, stops = BATCHES[batch]
-    inputs, mtp = prompts(*lengths), mtp_of()
+    (inputs, slots, stops), mtp = BATCHES[batch], mtp_of()
     eos = ends(mtp.model, inputs, 20) if stops else None
     wanted = reference(mtp.model, inputs, max_new_tokens=20, eos_token_id=eos)
     out = run(mtp, inputs, max_new_tokens=20, eos_token_id=eos, num_draft_tokens=0, slots=slots)
@@ -177,23 +188,24 @@ def test_every_architecture_and_its_reload(name, tmp_path):
     model = target(name)
     mtp = knowing_mtp(model, depth=2)
     inputs = prompts(11, 6, 14)
-    wanted = reference(model, inputs, max_new_tokens=22)
+    wanted = reference(model, inputs, max_new_tokens=16)
     variety = sum(len(set(row[14:])) for row in wanted.tolist()) / 3
     assert variety > 6, "the text is too simple to show a mistake"
-    out = run(mtp, inputs, max_new_tokens=22, drafter="mtp+lookup", slots=2)
+    out = run(mtp, inputs, max_new_tokens=16, drafter="mtp+lookup", slots=2)
     assert out.sequences.tolist() == wanted.tolist()
     sources = {s for record in out.stats.records for v in record for s in v.sources}
-    assert {"mtp", "target"} <= sources and any("lookup" in s for s in sources)
+    assert {"mtp", "target"} <= sources
+    assert any(v.drafted > v.depth for record in out.stats.records for v in record), "there should be trees"
     assert 0 < sum(map(sum, out.stats.accepted)) < sum(map(sum, out.stats.drafted))
     model.save_pretrained(tmp_path / "target")
     mtp.save_pretrained(tmp_path / "module")
     again = MTPModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "target"), tmp_path / "module")
-    reloaded = run(again, inputs, max_new_tokens=22, drafter="mtp+lookup", slots=2)
+    reloaded = run(again, inputs, max_new_tokens=16, drafter="mtp+lookup", slots=2)
     assert reloaded.sequences.tolist() == wanted.tolist()
     assert reloaded.stats.records == out.stats.records
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_tied_embeddings(name):
     """The output head is the embedding; plain tiny models, whose modules are mostly wrong."""
     model = tiny_model(name, tie_word_embeddings=True)
@@ -221,9 +233,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_every_variant_of_the_module(variant):
     inputs = prompts(11, 6)
     mtp = knowing_mtp(target(), **VARIANTS[variant])
-    wanted = reference(target(), inputs, max_new_tokens=20)
+    wanted = reference(target(), inputs, max_new_tokens=14)
     for drafter in ("mtp", "mtp+lookup"):
-        out = run(mtp, inputs, max_new_tokens=20, drafter=drafter)
+        out = run(mtp, inputs, max_new_tokens=14, drafter=drafter)
         assert out.sequences.tolist() == wanted.tolist()
         assert sum(map(sum, out.stats.accepted)) > 0
 
@@ -336,11 +348,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("drafter", ["mtp+lookup", "oracle", "tree"])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_logits_processors_see_every_row_as_the_end_of_its_own_text(name, drafter):
-    inputs = prompts(11, 6, seed=3)
+    inputs = prompts(11, 6, seed=7)
     whole = reference(target(), inputs, max_new_tokens=18)
-    settings = {"max_new_tokens": 18, "eos_token_id": int(whole[0, 15]), **PROCESSORS[name]}
+    settings = {"max_new_tokens": 18, "eos_token_id": int(whole[0, 11 + 5]), **PROCESSORS[name]}
     wanted = reference(target(), inputs, **settings)
-    plain = reference(target(), inputs, max_new_tokens=18, eos_token_id=int(whole[0, 15]))
+    plain = reference(target(), inputs, max_new_tokens=18, eos_token_id=int(whole[0, 11 + 5]))
     assert wanted.tolist() != plain.tolist(), "the processor should change the text"
     truth = texts(inputs, reference(target(), inputs, **settings))
     proposer = {"oracle": Oracle(truth, (3, 1, 2)), "tree": Branching(truth, (3, 2))}.get(drafter, drafter)
@@ -372,9 +384,9 @@ def test_caches_are_reused_across_calls():
 @pytest.mark.parametrize("drafter", ["mtp", "mtp+lookup", "tree"])
 def test_a_long_prompt_joins_a_long_text(drafter):
     """The newcomer brings many rows that no module has read, while its neighbour's cache is nearly full."""
-    inputs = prompts(62, 61, 60, 60)
+    inputs, eos = prompts(62, 61, 60, 60, seed=4), 49
     whole = reference(target(), inputs, max_new_tokens=58)[:, 62:].tolist()
-    eos = next(t for i, t in enumerate(whole[1]) if 15 < i < 50 and t not in whole[1][:i] + whole[0])
+    assert [eos in text[:33] for text in whole] == [False] * 4 and eos in whole[1] and eos not in whole[0]
     wanted = reference(target(), inputs, max_new_tokens=58, eos_token_id=eos)
     truth = texts(inputs, reference(target(), inputs, max_new_tokens=58))
     proposer = Branching(truth) if drafter == "tree" else drafter
@@ -422,7 +434,7 @@ class Scripted2(Scripted):
 
 
 @pytest.mark.parametrize("drafter", ["mtp", "oracle", "tree"])
-@pytest.mark.parametrize(("rows", "tokens"), [(4, 4096), (5, 10), (1, 1), (512, 20)])
+@pytest.mark.parametrize(("rows", "tokens"), [(5, 10), (1, 1), (512, 20)])
 def test_prompts_are_read_in_exact_chunks(drafter, rows, tokens, monkeypatch):
     inputs = prompts(23, 3, 12, 1)
     wanted = reference(target("mistral"), inputs, max_new_tokens=12)
@@ -439,7 +451,7 @@ def test_prompts_are_read_in_exact_chunks(drafter, rows, tokens, monkeypatch):
     out = run(mtp, inputs, max_new_tokens=12, drafter=proposers[drafter]())
     assert out.sequences.tolist() == whole.sequences.tolist() == wanted.tolist()
     assert out.stats.records == whole.stats.records
-    prefills = {(4, 4096): 6, (5, 10): 5 + 1, (1, 1): 22 + 2 + 11, (512, 20): 3}[(rows, tokens)]
+    prefills = {(5, 10): 5 + 1, (1, 1): 22 + 2 + 11, (512, 20): 3}[(rows, tokens)]
     assert out.stats.target_forwards - out.stats.verifications == prefills
     assert whole.stats.target_forwards - whole.stats.verifications == 1
 
@@ -447,7 +459,7 @@ def test_prompts_are_read_in_exact_chunks(drafter, rows, tokens, monkeypatch):
 def test_new_weights_are_seen():
     """Weights of the target or the module change between calls: packed copies and drafters must follow."""
     model = leaning_model()
-    mtp, inputs = knowing_mtp(model, noise=0.3), prompts(11, 6)
+    mtp, inputs = knowing_mtp(model, noise=0.3), prompts(11, 6, 9, 7, 8)  # five rows a step go through packed weights
     before = run(mtp, inputs, max_new_tokens=20).sequences.tolist()
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0).clone())
@@ -497,15 +509,16 @@ def check_chain(mtp: MTPModel, inputs: dict[str, Tensor], new: int, **settings: 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_was_trained_is_what_drafts(name):
-    _, compared = check_chain(knowing_mtp(target(name), noise=0.3), prompts(11, 6, 14), 24, slots=2)
-    assert compared[1] > 20 and compared[2] > 5 and compared[3] > 1, compared
+    _, compared = check_chain(knowing_mtp(target(name), noise=0.3), prompts(11, 6, 14), 16, slots=2)
+    assert compared[1] > 15 and compared[2] > 3 and compared[3] > 0, compared
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "name"), [*((variant, "llama") for variant in VARIANTS), ("shared chain_raw pre_norm", "gemma3_text")]
+)
 def test_what_was_trained_is_what_drafts_in_every_variant(variant, name):
     settings = VARIANTS[variant]
-    _, compared = check_chain(knowing_mtp(target(name), noise=0.2, **settings), prompts(11, 6, 14), 24, slots=2)
+    _, compared = check_chain(knowing_mtp(target(name), noise=0.2, **settings), prompts(11, 6, 14), 16, slots=2)
     assert len(compared) >= min(settings.get("depth", 3), 3), compared
 
 
@@ -696,7 +709,7 @@ def test_streamers_hear_every_token_once_and_in_order(door):
     else:
         out = mtp.model.generate(**inputs, streamer=ours, custom_generate=foretell.custom_generate(mtp), **settings)
     assert ours.told == theirs.told and ours.ends == theirs.ends == 1
-    assert sum(ours.told, []) == out[0].tolist() and len(out[0]) > 12
+    assert [token for told in ours.told for token in told] == out[0].tolist() and len(out[0]) > 12
     streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True)
     mtp.generate(**inputs, streamer=streamer, **settings)
     assert "".join(streamer).split() == tokenizer().decode(out[0, 9:]).split()

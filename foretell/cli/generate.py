@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from foretell.cli.loading import DTYPES, load_target
 from foretell.config import parse
@@ -16,12 +17,18 @@ class GenerateSettings:
     """Flags of `foretell generate`; names as in transformers' generate."""
 
     model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
-    module: str | None = field(default=None, metadata={"help": "Folder of the MTP module; without it drafts are looked up."})
+    module: str | None = field(
+        default=None, metadata={"help": "Folder of the MTP module; without it drafts are looked up."}
+    )
     prompt: str = field(metadata={"help": "What to answer; - reads it from standard input."})
-    chat: bool = field(default=True, metadata={"help": "Put the prompt into the tokenizer's chat template, if it has one."})
+    chat: bool = field(
+        default=True, metadata={"help": "Put the prompt into the tokenizer's chat template, if it has one."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
     num_draft_tokens: str = field(default="auto", metadata={"help": "Drafts a verification, 0 for none, or auto."})
-    drafter: str | None = field(default=None, metadata={"help": "mtp, lookup, or mtp+lookup (the default with a module)."})
+    drafter: str | None = field(
+        default=None, metadata={"help": "mtp, lookup, or mtp+lookup (the default with a module)."}
+    )
     policy: str = field(default="lossless", metadata={"help": "lossless, or a lossy one by name."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy decoding."})
     temperature: float = field(default=1.0, metadata={"help": "For sampling."})
@@ -31,7 +38,9 @@ class GenerateSettings:
     repetition_penalty: float = field(default=1.0, metadata={"help": "1 is none."})
     stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end the answer."})
     seed: int | None = field(default=None, metadata={"help": "Of sampling."})
-    stats: bool = field(default=False, metadata={"help": "Print tau and acceptance by depth as JSON to standard error."})
+    stats: bool = field(
+        default=False, metadata={"help": "Print tau and acceptance by depth as JSON to standard error."}
+    )
     dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
 
     def problems(self) -> list[str]:
@@ -73,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         inputs = tokenizer(text, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("prompt: got nothing, wanted at least one token.")
-    sampling = {}
+    sampling: dict[str, Any] = {}
     if settings.do_sample:
         sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
         sampling["min_p"] = settings.min_p

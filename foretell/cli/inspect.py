@@ -64,14 +64,16 @@ def main(argv: Sequence[str]) -> int:
     for name, value in found["config"].items():
         if name not in ("method", "depth"):
             print(f"  {name:<18}{value}")
-    print(f"  for         {target['architecture']}, width {target['hidden_size']}, {target['num_hidden_layers']} layers, "
-          f"vocabulary {target['vocab_size']}, weights {target['weights']}")
+    print(
+        f"  for         {target['architecture']}, width {target['hidden_size']}, {target['num_hidden_layers']} layers, "
+        f"vocabulary {target['vocab_size']}, weights {target['weights']}"
+    )
     if found["target_beside"]:
         print("  the trained target lies in the same folder (joint training)")
     for name, value in (found["notes"].get("training") or {}).items():
         print(f"  {name:<28}{value}")
-    print(f"  made        {origin.get('time')} with foretell {origin.get('versions', {}).get('foretell', '?')}")
-    print(f"  command     {origin.get('command')}")
+    print(f"  made        {origin.get('time_utc')} with foretell {origin.get('versions', {}).get('foretell', '?')}")
+    print(f"  command     {' '.join(origin.get('command') or [])}")
     print(f"  tensors     {len(found['tensors'])}")
     for name, part in found["tensors"].items():
         print(f"    {name:<58}{part['dtype']:<6}{'x'.join(map(str, part['shape']))}")

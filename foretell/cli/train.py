@@ -17,12 +17,18 @@ class TrainSettings:
 
     model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
     data: str = field(metadata={"help": "Training rows: JSONL, parquet, a folder of them, or a datasets name."})
-    eval_data: str | None = field(default=None, metadata={"help": "Evaluation rows; without them the last 5 % of data."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Evaluation rows; without them the last 5 % of data."}
+    )
     preset: str | None = field(default=None, metadata={"help": "A preset of recipes/ or a YAML file like them."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
-    regenerate: bool = field(default=False, metadata={"help": "The target answers the prompts itself first (resumable)."})
+    regenerate: bool = field(
+        default=False, metadata={"help": "The target answers the prompts itself first (resumable)."}
+    )
     regenerate_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    from_scratch: bool = field(default=False, metadata={"help": "Random weights from the model's config (joint training)."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights from the model's config (joint training)."}
+    )
     dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
 
     def problems(self) -> list[str]:
@@ -51,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
         [TrainSettings, SequentialConfig, MTPTrainingArguments], argv, prog="foretell train", preset=_preset_values
     )
     if args.output_dir is None:
-        raise ValueError("output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR.")
+        raise ValueError(
+            "output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR."
+        )
     from foretell.data.formats import load_rows
     from foretell.data.prompts import encode_rows
     from foretell.data.vocabulary import coverage, frequent_tokens
@@ -71,7 +79,11 @@ def main(argv: Sequence[str]) -> int:
     if settings.regenerate:
         folder = Path(args.output_dir) / "answers"
         train_set, _ = regenerate(
-            mtp, train_rows, tokenizer, folder, max_new_tokens=settings.regenerate_max_new_tokens,
+            mtp,
+            train_rows,
+            tokenizer,
+            folder,
+            max_new_tokens=settings.regenerate_max_new_tokens,
             keep_hidden=not args.trains_target,
         )
     if module.draft_vocab_size is not None:

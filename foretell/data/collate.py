@@ -26,14 +26,18 @@ class MTPCollator:
         pad_token_id: fills input_ids; never seen or trained.
         hidden: pass on kept `hidden_states` [T, D] where rows carry them. All rows of a batch must, or none.
         pad_to_multiple_of: in tokens; helps kernels and torch.compile by fewer distinct shapes.
+        min_length: in tokens; a module of depth K needs K + 2, also where a batch holds only shorter rows.
     """
 
-    def __init__(self, pad_token_id: int, hidden: bool = True, pad_to_multiple_of: int | None = None):
+    def __init__(
+        self, pad_token_id: int, hidden: bool = True, pad_to_multiple_of: int | None = None, min_length: int = 1
+    ):
         if pad_token_id is None:
             raise ValueError("pad_token_id: got None, wanted an id; the EOS id will do, padding is masked everywhere.")
         self.pad_token_id = pad_token_id
         self.hidden = hidden
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.min_length = min_length
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, labels, document_ids, position_ids, attention_mask [B, T], and hidden_states [B, T, D].
@@ -45,7 +49,7 @@ class MTPCollator:
             ValueError: columns of a row differ in length, or only some rows carry hidden states.
         """
         whole = [_whole(row) for row in rows]
-        T = max(len(row["input_ids"]) for row in whole)
+        T = max(self.min_length, *(len(row["input_ids"]) for row in whole))
         if self.pad_to_multiple_of:
             T += -T % self.pad_to_multiple_of
         batch = {

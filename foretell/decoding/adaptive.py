@@ -18,7 +18,7 @@ import torch
 
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
-from foretell.types import Draft, Verdict
+from foretell.types import Draft
 
 CURVE_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
 
@@ -71,13 +71,14 @@ class AdaptiveLength:
     def __init__(self, curve: CostCurve, longest: int) -> None:
         self.curve, self.longest = curve, longest
         self._table: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._depth: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.5 * 2, 2.0])
+        self._depth: dict[tuple[str, int], list[float]] = {}
         self._step_seconds: dict[str, float] = defaultdict(float)
         self._wait: dict[str, int] = defaultdict(lambda: 1)
         self._sit_out: dict[str, int] = defaultdict(int)
         self._rate = 0.0
         self._batch = 1
         self._probing: set[str] = set()
+        self._starts: dict[str, bool] = {}
 
     def begin_round(self, batch: int) -> list[int]:
         """Longest drafts to ask for, and a new decision on who sits out."""
@@ -85,31 +86,44 @@ class AdaptiveLength:
             self._batch, self._rate = batch, 0.0
         self._rate = max(self._rate, batch / self.curve(batch))
         self._probing.clear()
+        self._starts.clear()
+        for name, rounds in self._sit_out.items():
+            self._sit_out[name] = max(rounds - 1, 0)
         return [self.longest] * batch
 
     def worth(self, name: str, b: int, draft: Draft) -> bool:
         """See Worth."""
-        if not len(draft):
-            if self._sit_out[name] > 0:
-                self._sit_out[name] -= b == 0
-                return False
-            if self._pays(name, 1, 1.0, 1):
-                self._wait[name] = 1
-                return True
-            if b == 0:  # looks hopeless: look again only now and then
-                self._wait[name] = min(2 * self._wait[name], self.LONGEST_WAIT)
-                self._sit_out[name] = self._wait[name]
-                self._probing.add(name)
-            return name in self._probing
+        if not len(draft):  # one answer for the whole batch
+            if name not in self._starts:
+                self._starts[name] = self._starts_now(name)
+            return self._starts[name]
         if name in self._probing:
             return False
         return self._pays(name, len(draft) + 1, self.chances(draft)[-1], len(draft) + 1)
 
+    def _starts_now(self, name: str) -> bool:
+        if self._sit_out[name] > 0:
+            return False
+        if self._pays(name, 1, 1.0, 1):
+            self._wait[name] = 1
+            return True
+        # looks hopeless: look again only now and then
+        self._wait[name] = min(2 * self._wait[name], self.LONGEST_WAIT)
+        self._sit_out[name] = self._wait[name] + 1
+        self._probing.add(name)
+        return True
+
     def _pays(self, name: str, depth: int, reached: float, rows: int) -> bool:
-        accepted, tried = self._depth[(name, min(depth, 6))]
         batch = self._batch
         seconds = self.curve(batch * (rows + 1)) - self.curve(batch * rows) + self._step_seconds[name]
-        return batch * reached * accepted / tried > self._rate * seconds * 0.9
+        return batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
+
+    def _holds(self, name: str, depth: int) -> float:
+        """Share of drafts that were accepted where their parents were; a depth not seen yet is as the one before it."""
+        if (name, depth) not in self._depth:
+            return self._holds(name, depth - 1) if depth > 1 else 0.5
+        accepted, tried = self._depth[(name, depth)]
+        return accepted / tried
 
     def chances(self, draft: Draft) -> list[float]:
         """Probability of each drafted token to be accepted, its ancestors included."""
@@ -128,11 +142,9 @@ class AdaptiveLength:
     def prune(self, drafts: list[Draft], drafting_seconds: float) -> list[Draft]:
         """Keep the likeliest rows, as many as make the most tokens a second; parents always come with children."""
         batch = len(drafts)
-        ranked = []
+        ranked: list[list[tuple[int, float]]] = []
         for draft in drafts:
-            chance = self.chances(draft)
-            ranked.append(sorted(range(len(draft)), key=lambda i, c=chance: (-c[i], i)))
-            ranked[-1] = [(i, chance[i]) for i in ranked[-1]]
+            ranked.append(sorted(enumerate(self.chances(draft)), key=lambda node: (-node[1], node[0])))
         best, best_rate = 0, batch / (self.curve(batch) + drafting_seconds)
         gained = 0.0
         for m in range(1, max((len(r) for r in ranked), default=0) + 1):
@@ -140,19 +152,29 @@ class AdaptiveLength:
             rate = (batch + gained) / (self.curve(batch * (1 + m)) + drafting_seconds)
             if rate > best_rate:
                 best, best_rate = m, rate
-        return [_subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
+        return [subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
 
-    def learn(self, drafts: list[Draft], verdicts: list[Verdict], names: dict[str, tuple[float, int]], rows: int) -> None:
-        """After a verification: names holds each drafter's (seconds, steps) of this round."""
-        for draft, verdict in zip(drafts, verdicts, strict=True):
-            accepted = set(verdict.path)
+    def learn(
+        self, drafts: list[Draft], emitted: list[list[int]], names: dict[str, tuple[float, int]], rows: int
+    ) -> None:
+        """After a verification. drafts: as proposed, before the pruning (what was thrown away may have been right).
+        emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round.
+        """
+        for draft, tokens in zip(drafts, emitted, strict=True):
+            accepted: set[int] = set()
             depth: list[int] = []
             for i, parent in enumerate(draft.parents):
                 depth.append(1 if parent < 0 else depth[parent] + 1)
-                if parent >= 0 and parent not in accepted:
+                if (parent >= 0 and parent not in accepted) or depth[i] > len(tokens):
                     continue  # never reached, so nothing was learned
+                if draft.tokens[i] == tokens[depth[i] - 1]:
+                    accepted.add(i)
+                    for name in self._probing.intersection(draft.sources[i].split("+")):
+                        self._wait[name], self._sit_out[name] = 1, 0  # a probe that held: look again soon
                 cells = [self._table[self._key(draft, i, depth[i])]]
-                cells += [self._depth[(name, min(depth[i], 6))] for name in draft.sources[i].split("+")]
+                for name in draft.sources[i].split("+"):
+                    key = (name, min(depth[i], 6))
+                    cells.append(self._depth.setdefault(key, [2 * self._holds(*key), 2.0]))
                 for cell in cells:
                     cell[0] = cell[0] * self.FORGET + (i in accepted)
                     cell[1] = cell[1] * self.FORGET + 1.0
@@ -161,11 +183,11 @@ class AdaptiveLength:
                 old = self._step_seconds[name]
                 self._step_seconds[name] = seconds / steps if old == 0.0 else 0.9 * old + 0.1 * seconds / steps
         spent = self.curve(rows) + sum(seconds for seconds, _ in names.values())
-        emitted = sum(len(v.path) + 1 for v in verdicts)
-        self._rate = 0.9 * self._rate + 0.1 * emitted / spent
+        self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / spent
 
 
-def _subset(draft: Draft, keep: Sequence[int]) -> Draft:
+def subset(draft: Draft, keep: Sequence[int]) -> Draft:
+    """The draft with those of its tokens only; parents stay with their children."""
     if len(keep) == len(draft):
         return draft
     at = {-1: -1} | {i: j for j, i in enumerate(keep)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from foretell.types import Draft, Drafter, SequenceState, Worth
 
 
@@ -21,6 +23,17 @@ class Composed:
     def calls(self) -> int:
         """Forwards of all of them."""
         return sum(getattr(d, "calls", 0) for d in self.drafters)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Seeds those that sample."""
+        return next((d.generator for d in self.drafters if getattr(d, "generator", None) is not None), None)
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        for drafter in self.drafters:
+            if hasattr(drafter, "generator"):
+                drafter.generator = generator
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""

@@ -1,7 +1,7 @@
 """The bridge from transformers' `generate` to our decoder: same preparation, same arguments, our loop.
 
-transformers prepares the GenerationConfig, the logits processors and the stopping criteria, then calls the function given
-as `custom_generate`. What our loop cannot honour it refuses by name.
+transformers prepares the GenerationConfig, the logits processors and the stopping criteria, then calls the function
+given as `custom_generate`. What our loop cannot honour it refuses by name.
 """
 
 # B sequences of the caller's batch, T prompt width.
@@ -84,7 +84,9 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any], syn
         bad.append("synced_gpus=True")
     if bad:
         raise ValueError(
-            "foretell's generate cannot honour: " + "; ".join(bad) + ". Leave these out, or call model.generate without it."
+            "foretell's generate cannot honour: "
+            + "; ".join(bad)
+            + ". Leave these out, or call model.generate without it."
         )
 
 
@@ -127,17 +129,20 @@ def generate_rows(
     limit = decoder.target.max_positions
     if limit is not None and max(len(s.tokens) for s in sequences) >= limit:
         raise ValueError(
-            f"a prompt has {max(len(s.tokens) for s in sequences)} tokens and the model reads at most {limit}: shorten it."
+            f"a prompt has {max(len(s.tokens) for s in sequences)} tokens, the model reads at most {limit}: shorten it."
         )
-    if num_draft_tokens == "auto":
-        assert cost_curve is not None
-        num_draft_tokens = AdaptiveLength(cost_curve, LONGEST_AUTO)
+    length: int | AdaptiveLength
+    if isinstance(num_draft_tokens, int):
+        length = num_draft_tokens
+    else:
+        assert cost_curve is not None, "'auto' needs the cost curve"
+        length = AdaptiveLength(cost_curve, LONGEST_AUTO)
     stats = decoder.run(
         sequences,
         RowScores(logits_processor, bool(generation_config.do_sample)),
         finish,
         max_tokens=max(finish.max_length or 0, T + 1),
-        num_draft_tokens=num_draft_tokens,  # type: ignore[arg-type]
+        num_draft_tokens=length,
         policy=policy,
         slots=slots,
         generator=generator,

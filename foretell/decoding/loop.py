@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from foretell.decoding.adaptive import AdaptiveLength
+from foretell.decoding.adaptive import AdaptiveLength, subset
 from foretell.decoding.policies import LOSSY
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
@@ -34,6 +34,7 @@ class Decoder:
         self.target, self.drafter = target, drafter
         self.watchers: list[Drafter] = [drafter] if drafter is not None else []
         self._cache: SlotCache | None = None
+        self._kind: tuple[torch.device, torch.dtype] | None = None  # of the target that the cache was made for
 
     @torch.no_grad()
     def run(
@@ -59,12 +60,13 @@ class Decoder:
         """
         self.scores, self.finished, self.policy, self.generator = scores, finished, policy, generator
         self.adaptive = num_draft_tokens if isinstance(num_draft_tokens, AdaptiveLength) else None
-        self.length = 0 if self.adaptive else int(num_draft_tokens)
+        self.length = num_draft_tokens if isinstance(num_draft_tokens, int) else 0
         self.stats = GenerationStats.of(policy, policy not in LOSSY, sequences)
         self.stats.seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
         self.target.refresh()
         longest = self.adaptive.longest if self.adaptive else self.length
-        self._open(min(slots, max(len(sequences), 1)), max_tokens + 2 * longest + 2)
+        slots = min(slots, max(len(sequences), 1))
+        self._open(slots, max_tokens + 2 * longest + 2)
         if hasattr(self.drafter, "generator"):
             self.drafter.generator = generator
         # longest prompts first: they share prefill forwards with others of their length
@@ -73,8 +75,8 @@ class Decoder:
         while waiting or self.active:
             if stop_admitting is not None and stop_admitting():
                 waiting = []
-            free = self.cache.slots - len(self.active)
-            if waiting and free >= min(len(waiting), max(1, self.cache.slots // 8)):
+            free = slots - len(self.active)
+            if waiting and free >= min(len(waiting), max(1, slots // 8)):
                 self._admit([waiting.pop() for _ in range(min(free, len(waiting)))])
             if not self.active:
                 break
@@ -89,7 +91,9 @@ class Decoder:
         """Draft, lay out the token tree, forward, verify, keep, emit."""
         active = self.active
         start = time.perf_counter()
-        drafts = self._drafts()
+        # a tree too broad for what is left of the cache loses its last rows
+        room = self.cache.capacity - max(s.cached for s in active) - 1
+        drafts = [subset(d, range(min(len(d), room))) for d in self._drafts()]
         drafted = time.perf_counter()
         # 1. one row for each sequence's last token, then one a draft; a chain needs no parents
         R = 1 + max(len(d) for d in drafts)
@@ -131,7 +135,8 @@ class Decoder:
         self.stats.seconds["draft"] += drafted - start
         self.stats.seconds["verify"] += time.perf_counter() - drafted
         if self.adaptive is not None:
-            self.adaptive.learn(drafts, verdicts, self._drafting, len(active) * R)
+            told = [[*(d.tokens[i] for i in v.path), v.token] for d, v in zip(drafts, verdicts, strict=True)]
+            self.adaptive.learn(self._proposed, told, self._drafting, len(active) * R)
         return emitted
 
     def _drafts(self) -> list[Draft]:
@@ -141,9 +146,8 @@ class Decoder:
         if self.adaptive is None:
             return self.drafter.draft(self.active, [self.length] * len(self.active))
         lengths = self.adaptive.begin_round(len(self.active))
-        drafts = [Draft() for _ in self.active]
         before, start = getattr(self.drafter, "calls", 0), time.perf_counter()
-        drafts = self.drafter.draft(self.active, lengths, self.adaptive.worth)
+        drafts = self._proposed = self.drafter.draft(self.active, lengths, self.adaptive.worth)
         seconds = time.perf_counter() - start
         self._drafting["mtp"] = (seconds, getattr(self.drafter, "calls", 0) - before)
         return self.adaptive.prune(drafts, seconds)
@@ -194,9 +198,7 @@ class Decoder:
     def _prefill(self, group: list[SequenceState]) -> None:
         counts = [min(PREFILL_ROWS, len(s.tokens) - 1 - s.cached) for s in group]
         R = max(counts)
-        ids = [
-            [*s.tokens[s.cached : s.cached + c], *[0] * (R - c)] for s, c in zip(group, counts, strict=True)
-        ]
+        ids = [[*s.tokens[s.cached : s.cached + c], *[0] * (R - c)] for s, c in zip(group, counts, strict=True)]
         rows = self.target.forward_rows(
             self._tensor(ids),
             self._tensor([s.cached for s in group]),
@@ -228,9 +230,10 @@ class Decoder:
 
     def _open(self, slots: int, capacity: int) -> None:
         capacity = -(-capacity // 64) * 64
-        if self._cache is None or self._cache.slots < slots or self._cache.capacity < capacity:
+        kind = (self.target.device, self.target.dtype)
+        if self._cache is None or self._cache.slots < slots or self._cache.capacity < capacity or kind != self._kind:
             self._cache = None  # let go before the larger one is made
-            self._cache = SlotCache(slots, capacity)
+            self._cache, self._kind = SlotCache(slots, capacity), kind
         self.cache = self._cache
         self._calls_before = getattr(self.drafter, "calls", 0)
         for watcher in self.watchers:

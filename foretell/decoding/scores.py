@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,9 @@ class RowScores:
         refused = [type(p).__name__ for p in self.processors if isinstance(p, _REFUSED)]
         if refused:
             raise ValueError(
-                f"foretell's generate cannot honour: {', '.join(refused)} (needs the model, the batch or its own state at "
-                "each step, which rows of a draft do not have). Leave it out, or call model.generate without foretell."
+                f"foretell's generate cannot honour: {', '.join(refused)} (needs the model, the batch or its own "
+                "state at each step, which rows of a draft do not have). Leave it out, or call model.generate "
+                "without foretell."
             )
         self.plain = not self.processors and not do_sample
         self.prefix_free = all(isinstance(p, _PREFIX_FREE) for p in self.processors)
@@ -72,8 +74,9 @@ class RowScores:
         return torch.cat(rows)
 
 
-def _of_row(processor: object, sequence: SequenceState) -> object:
-    """The processor for one row of the batch: transformers gives the repetition penalty a number of padding tokens a row."""
+def _of_row(processor: Any, sequence: SequenceState) -> Any:
+    """The processor for one row of the batch: transformers gives the repetition penalty a number of padding tokens a
+    row."""
     ignore = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(processor, lp.RepetitionPenaltyLogitsProcessor) or not isinstance(ignore, Tensor):
         return processor

@@ -136,7 +136,9 @@ def _by_category(ways: Sequence[Way], groups: Sequence[str]) -> dict[str, dict[s
 def _tau_by_category(ways: Sequence[Way], groups: Sequence[str]) -> dict[str, dict[str, float]]:
     return {
         group: {
-            way.name: GenerationStats("lossless", True, [r for r, g in zip(way.records, groups, strict=True) if g == group]).tau
+            way.name: GenerationStats(
+                "lossless", True, [r for r, g in zip(way.records, groups, strict=True) if g == group]
+            ).tau
             for way in ways
             if way.records and any(v.drafted for r in way.records for v in r)
         }
@@ -148,15 +150,24 @@ def _mean(values: list[int]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def shaded_sample(tokenizer: Any, ids: list[int], prompt_length: int, record: list[Verification]) -> list[dict[str, Any]]:
+def shaded_sample(
+    tokenizer: Any, ids: list[int], prompt_length: int, record: list[Verification]
+) -> list[dict[str, Any]]:
     """The tokens of each verification as text, with who proposed them: for the report."""
     out, at = [], prompt_length
     for verification in record:
         tokens = ids[at : at + verification.emitted]
-        pieces = [tokenizer.decode(ids[prompt_length : at + i + 1])[len(tokenizer.decode(ids[prompt_length : at + i])) :]
-                  for i in range(len(tokens))]
+        pieces = [
+            tokenizer.decode(ids[prompt_length : at + i + 1])[len(tokenizer.decode(ids[prompt_length : at + i])) :]
+            for i in range(len(tokens))
+        ]
         out.append(
-            {"text": "".join(pieces), "tokens": pieces, "accepted": verification.accepted, "sources": verification.sources}
+            {
+                "text": "".join(pieces),
+                "tokens": pieces,
+                "accepted": verification.accepted,
+                "sources": verification.sources,
+            }
         )
         at += verification.emitted
     return out

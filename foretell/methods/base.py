@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from foretell.config import ConfigError, from_dict
+from foretell.models.target import Target
 
 METHODS = {
     "sequential": "foretell.methods.sequential:SequentialConfig",
@@ -27,6 +28,13 @@ class MTPConfig:
 
     method: ClassVar[str] = ""
     depth: int = field(default=1, metadata={"help": "K: how many tokens beyond the ordinary next one are predicted."})
+    hidden_source: Literal["post_norm", "pre_norm"] = field(
+        default="post_norm", metadata={"help": "The target's states after or before its final norm."}
+    )
+
+    def build(self, target: Target) -> Any:
+        """The method's nn.Module for a target, initialised."""
+        raise TypeError(f"{type(self).__name__} describes no method; use one of {', '.join(METHODS)}.")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, in plain sentences."""
@@ -82,7 +90,9 @@ def load_preset(name: str | Path) -> dict[str, Any]:
         raise ConfigError([f"preset: got {str(name)!r}, wanted a YAML file or one of: {names}."])
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not isinstance(values.get("module"), dict):
-        raise ConfigError([f"{path}: wanted a mapping with a `module` section (and `training`), got {type(values).__name__}."])
+        raise ConfigError(
+            [f"{path}: wanted a mapping with a `module` section (and `training`), got {type(values).__name__}."]
+        )
     unknown = sorted(set(values) - {"module", "training", "about", "measured"})
     if unknown:
         raise ConfigError([f"{path}: unknown sections {', '.join(unknown)}; wanted about, module, training, measured."])

@@ -5,7 +5,8 @@ Training, draft_logits and the drafter below run the same MTPBlock at the same p
 depth, so that what was trained is what drafts.
 """
 
-# B sequences, T positions, R rows of a step, K depths, N rows flattened, D hidden width, V vocabulary, M draft vocabulary.
+# B sequences, T positions, R rows of a step, K depths, N rows flattened, D hidden width, V vocabulary, M draft
+# vocabulary.
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from foretell.ops.losses import linear_loss
 from foretell.ops.shift import ahead, future_labels
 from foretell.types import IGNORE_INDEX, Batch, Draft, LossSum, SequenceState, Worth
 
-
 LONGEST_SHARED = 16
+FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
 
 
 @dataclass(kw_only=True)
@@ -39,9 +40,6 @@ class SequentialConfig(MTPConfig):
     shared_module: bool = field(default=False, metadata={"help": "One module reused at every depth (FastMTP)."})
     fusion_order: FusionOrder = field(
         default="embedding_hidden", metadata={"help": "Halves of the fusion's input; MiMo has them reversed."}
-    )
-    hidden_source: Literal["post_norm", "pre_norm"] = field(
-        default="post_norm", metadata={"help": "The target's states after or before its final norm."}
     )
     chain_raw: bool = field(
         default=False, metadata={"help": "The next depth receives the block's output before the norm (EAGLE-1)."}
@@ -75,25 +73,33 @@ class SequentialModule(nn.Module):
         super().__init__()
         if config.draft_vocab_size is not None and config.draft_vocab_size > target.vocab_size:
             raise ValueError(
-                f"draft_vocab_size: got {config.draft_vocab_size}, wanted at most the model's {target.vocab_size} tokens."
+                f"draft_vocab_size: got {config.draft_vocab_size}, wanted at most the model's {target.vocab_size}."
             )
         self.config = config
         blocks = 1 if config.shared_module else config.depth
         self.blocks = nn.ModuleList(
             MTPBlock(
-                target, config.fusion_order, config.chain_raw, config.initialisation, config.hidden_source == "post_norm"
+                target,
+                config.fusion_order,
+                config.chain_raw,
+                config.initialisation,
+                config.hidden_source == "post_norm",
             )
             for _ in range(blocks)
         )
         ids = None
-        if config.draft_vocab_size is not None:  # until set_draft_vocabulary: the lowest ids, often bytes and short words
+        if (
+            config.draft_vocab_size is not None
+        ):  # until set_draft_vocabulary: the lowest ids, often bytes and short words
             ids = torch.arange(config.draft_vocab_size, device=target.device)
         self.register_buffer("draft_vocab_ids", ids)
 
     def set_draft_vocabulary(self, ids_M: Tensor) -> None:
         """Which tokens are drafted: sorted ids, as many as draft_vocab_size says."""
         if self.draft_vocab_ids is None or ids_M.shape != self.draft_vocab_ids.shape:
-            raise ValueError(f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}.")
+            raise ValueError(
+                f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}."
+            )
         self.draft_vocab_ids.copy_(ids_M)
 
     def block(self, depth: int) -> MTPBlock:
@@ -110,7 +116,8 @@ class SequentialModule(nn.Module):
     def depth_states(
         self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
     ) -> Iterator[Tensor]:
-        """h^k for k = 1..depths: [B, T, D] each, what the output head reads. detach keeps gradient from the embeddings."""
+        """h^k for k = 1..depths: [B, T, D] each, what the output head reads. detach keeps gradient from the
+        embeddings."""
         for block in self.blocks:
             block.masks.begin_text(batch.document_BT)
         hidden_BTD = source_BTD
@@ -282,7 +289,8 @@ class SequentialDrafter:
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
         drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
-        wanted = [min(length, self.longest) for length in lengths]
+        # with a prompt of one token there is no state to read yet
+        wanted = [min(length, self.longest) if s.cached else 0 for s, length in zip(sequences, lengths, strict=True)]
         for k in range(1, max(wanted, default=0) + 1):
             for b, draft in enumerate(drafts):
                 if wanted[b] >= k and (len(draft) < k - 1 or (worth is not None and not worth(self.name, b, draft))):
@@ -316,8 +324,33 @@ class SequentialDrafter:
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""
         self._reach(k)
-        done, C, device = self._done[k - 1], self.capacity, self.target.device
+        done = self._done[k - 1]
         counts = [s.cached - done[s.slot] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
+        logits = []
+        for part in self._alike(sequences, counts):
+            if max(counts[part]):
+                logits.append(self._forward(sequences[part], drafts[part], k, counts[part]))
+            else:  # asks for nothing: any numbers will do
+                logits.append(self._head.weight.new_zeros(len(counts[part]), len(self._head.weight)))
+        return torch.cat(logits)
+
+    def _alike(self, sequences: Sequence[SequenceState], counts: list[int]) -> list[slice]:
+        """Neighbours that share a forward. One that has just joined brings its whole prompt: its many rows must neither
+        pad the few of the others nor reach beyond the cache.
+        """
+        parts, first = [], 0
+        for b in range(1, len(counts)):
+            R = max(counts[first : b + 1])
+            wasteful = R > FEW_ROWS and R * (b + 1 - first) > 2 * sum(counts[first : b + 1])
+            start = max(s.cached - c for s, c in zip(sequences[first : b + 1], counts[first : b + 1], strict=True))
+            if wasteful or start + R > self.capacity:
+                parts.append(slice(first, b))
+                first = b
+        return [*parts, slice(first, len(counts))]
+
+    def _forward(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, counts: list[int]) -> Tensor:
+        """Depth k over the newest counts[b] rows of sequence b."""
+        done, C, device = self._done[k - 1], self.capacity, self.target.device
         R = max(counts)
         ids, at = [], []
         for b, sequence in enumerate(sequences):

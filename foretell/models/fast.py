@@ -1,6 +1,7 @@
 """A second module tree over the same weights, for decoding without gradient: prepacked linears and fused norms.
 
-PyTorch's fp32 `F.linear` on a CPU doubles in cost from three rows to four; weights packed for oneDNN stay nearly flat up
+PyTorch's fp32 `F.linear` on a CPU doubles in cost from three rows to four; weights packed for oneDNN stay nearly flat
+up
 to about sixteen. Norms written as six small operations become one. Nothing of a modelling file is copied: modules are
 swapped by type, and a norm only after its formula was checked on numbers.
 """
@@ -49,7 +50,9 @@ class FusedRMSNorm(nn.Module):
 def _fused_norm(norm: nn.Module) -> nn.Module | None:
     """A fused twin of an RMSNorm, or None if its numbers differ (unknown formula, other layout)."""
     weight = getattr(norm, "weight", None)
-    eps = next((getattr(norm, n) for n in ("variance_epsilon", "eps") if isinstance(getattr(norm, n, None), float)), None)
+    eps = next(
+        (getattr(norm, n) for n in ("variance_epsilon", "eps") if isinstance(getattr(norm, n, None), float)), None
+    )
     if "RMSNorm" not in type(norm).__name__ or weight is None or eps is None or weight.dim() != 1:
         return None
     probe = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device).view(4, -1).to(weight.dtype)
@@ -93,5 +96,5 @@ def fast_view(module: nn.Module) -> nn.Module:
 
 
 def weights_version(module: nn.Module) -> tuple[int, ...]:
-    """Changes whenever a parameter was written to or replaced."""
-    return tuple(n for p in module.parameters() for n in (p.data_ptr(), p._version))
+    """Changes whenever a parameter or buffer was written to or replaced."""
+    return tuple(n for t in (*module.parameters(), *module.buffers()) for n in (t.data_ptr(), t._version))

@@ -15,8 +15,6 @@ from foretell.models.attention import RowMasks
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 
-import os
-EMB=float(os.environ.get("EMB","0"))
 FusionOrder = Literal["embedding_hidden", "hidden_embedding"]
 
 
@@ -49,20 +47,20 @@ class MTPBlock(nn.Module):
     @torch.no_grad()
     def _initialise(self, target: Target, how: str, post_norm: bool) -> None:
         D = target.hidden_size
-        halves = slice(0, D), slice(D, 2 * D)
-        hidden_half, embedding_half = halves if self.order == "hidden_embedding" else halves[::-1]
+        hidden_half = slice(0, D) if self.order == "hidden_embedding" else slice(D, 2 * D)
         std = getattr(target.config, "initializer_range", 0.02) or 0.02
         self.eh_proj.weight.normal_(std=std)
         if how == "identity":
             # the block is a copy of the target's last layer, so it must read what that layer reads: the direction of the
-            # state before the final norm (undo its weight), at the residual stream's size
+            # state before the final norm (its gain undone), at the residual stream's size
             self.eh_proj.weight.zero_()
-            scale_D = torch.full((D,), self._residual_size(target), dtype=torch.float32, device=self.eh_proj.weight.device)
+            scale_D = torch.full(
+                (D,), self._residual_size(target), dtype=torch.float32, device=self.eh_proj.weight.device
+            )
             if post_norm:
-                weight_D = target.norm.weight.float()
-                scale_D = scale_D * weight_D.abs().median() / torch.where(weight_D.abs() < 0.05, torch.inf, weight_D)
+                gain_D = _gain(target.norm).float()
+                scale_D = scale_D * gain_D.abs().median() / torch.where(gain_D.abs() < 0.05, torch.inf, gain_D)
             self.eh_proj.weight[:, hidden_half] = torch.diag(scale_D).to(self.eh_proj.weight.dtype)
-            self.eh_proj.weight[:, embedding_half] = torch.eye(D, dtype=self.eh_proj.weight.dtype)*EMB
         if how == "random":
             for module in self.block.modules():
                 for name, parameter in module.named_parameters(recurse=False):
@@ -104,15 +102,20 @@ class MTPBlock(nn.Module):
         return normed, (raw.to(hidden_BTD.dtype) if self.chain_raw else normed)
 
 
+@torch.no_grad()
+def _gain(norm: nn.Module) -> Tensor:
+    """[D] what a norm multiplies by, found on numbers: RMSNorm, LayerNorm, and Gemma's zero-centred weights alike."""
+    probe = torch.ones(1, norm.weight.shape[0], dtype=norm.weight.dtype, device=norm.weight.device)
+    probe[0, ::2] = -1.0
+    return (norm(probe) - norm(-probe))[0] / 2 * probe[0]
+
+
+@torch.no_grad()
 def _reset_norm(norm: nn.Module) -> None:
-    """Weight to the value that multiplies by one: found on numbers, since Gemma's norms are zero-centred."""
-    weight = norm.weight
-    with torch.no_grad():
-        weight.fill_(1.0)
-        probe = torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        probe[0, ::2] = -1.0
-        if norm(probe).abs().mean() > 1.5:
-            weight.zero_()
+    """Weight to the value that multiplies by one."""
+    norm.weight.fill_(1.0)
+    if _gain(norm).mean() > 1.5:
+        norm.weight.zero_()
     if getattr(norm, "bias", None) is not None:
         norm.bias.data.zero_()
 

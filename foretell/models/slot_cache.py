@@ -1,10 +1,13 @@
 """Keys and values of several sequences in preallocated, slot-addressed storage.
 
-A rejected draft needs no crop: the next step writes over it. Padding rows write into one spare row at the end. So shapes
-stay fixed and nothing is ever re-padded. Both sides of a decode round use it: the target, and a module with its own cache.
+A rejected draft needs no crop: the next step writes over it. Padding rows write into one spare row at the end. So
+shapes
+stay fixed and nothing is ever re-padded. Both sides of a decode round use it: the target, and a module with its own
+cache.
 """
 
-# S slots, C capacity of a slot in tokens, R rows of this step, L = visible columns, H key-value heads, E width of a head.
+# S slots, C capacity of a slot in tokens, R rows of this step, L = visible columns, H key-value heads, E width of a
+# head.
 
 from __future__ import annotations
 
@@ -65,7 +68,8 @@ class SlotCache(Cache):
         return like_BHRE.new_zeros(self.slots * self.capacity + 1, like_BHRE.shape[1], like_BHRE.shape[3])
 
     def keep(self, slots: list[int], lengths: list[int], paths: list[list[int]]) -> None:
-        """Compact accepted rows: row paths[b][i] of the last step moves to column lengths[b] + i. A chain moves nothing."""
+        """Compact accepted rows: row paths[b][i] of the last step moves to column lengths[b] + i. A chain moves
+        nothing."""
         source, target = [], []
         for slot, length, path in zip(slots, lengths, paths, strict=True):
             for i, row in enumerate(path):

@@ -56,11 +56,13 @@ def _refuse(model: nn.Module) -> None:
     if other or getattr(model, "_is_stateful", False) or any(word in config.model_type for word in ("mamba", "rwkv")):
         why = f"layers of kind {', '.join(other)}" if other else "a recurrent state"
         raise UnsupportedModelError(
-            f"{name} ({config.model_type}) has {why}: linear-attention and state-space models cannot roll back rejected "
-            f"drafts and are not supported. Wanted {want}."
+            f"{name} ({config.model_type}) has {why}: linear-attention and state-space models cannot roll back "
+            f"rejected drafts and are not supported. Wanted {want}."
         )
     if model.get_output_embeddings() is None or not hasattr(model.get_decoder(), "rotary_emb"):
-        raise UnsupportedModelError(f"{name} ({config.model_type}) has no output head or no rotary positions; wanted {want}.")
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) has no output head or no rotary positions; wanted {want}."
+        )
 
 
 class Target:
@@ -77,7 +79,9 @@ class Target:
         self.decoder = base.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
         self.norm: nn.Module = next(
-            getattr(self.decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(self.decoder, n)
+            getattr(self.decoder, n)
+            for n in ("norm", "final_layer_norm", "final_layernorm")
+            if hasattr(self.decoder, n)
         )
         self.embed_tokens: nn.Module = base.get_input_embeddings()
         self.head: nn.Module = base.get_output_embeddings()
@@ -112,11 +116,14 @@ class Target:
     def max_positions(self) -> int | None:
         return getattr(self.config, "max_position_embeddings", None)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What a module must find again: architecture and sizes (errors), weights (a warning)."""
+    def fingerprint(self, gathered: dict[int, Tensor] | None = None) -> dict[str, Any]:
+        """What a module must find again: architecture and sizes (errors), weights (a warning).
+
+        gathered: whole tensors by the id of the sharded parameter that each stands for (sharded training).
+        """
         digest = hashlib.sha256()
-        for tensor in (self.head.weight, next(self.layers[-1].parameters())):
-            flat = tensor.detach().reshape(-1)
+        for parameter in (self.head.weight, next(self.layers[-1].parameters())):
+            flat = (gathered or {}).get(id(parameter), parameter).detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu()
             digest.update(sample.numpy().tobytes())
         return {
@@ -145,7 +152,8 @@ class Target:
         return logits
 
     def position_embeddings(self, hidden_BTD: Tensor, position_ids_BT: Tensor, layer_type: str | None = None) -> Any:
-        """What the decoder's layers take as position_embeddings; per layer type where the model has several (Gemma 3)."""
+        """What the decoder's layers take as position_embeddings; per layer type where the model has several (Gemma
+        3)."""
         rotary = self.decoder.rotary_emb
         if self._rotary_by_type:
             return rotary(hidden_BTD, position_ids_BT, layer_type)
@@ -183,7 +191,8 @@ class Target:
         return TargetRows(out.last_hidden_state, captured[0])
 
     def refresh(self) -> None:
-        """Make the fast module tree anew if the weights have changed. Once a decoding call: the check takes milliseconds."""
+        """Make the fast module tree anew if the weights have changed. Once a decoding call: the check takes
+        milliseconds."""
         if self._view is not None and weights_version(self.model) != self._version:
             self.release()
         self.view()
@@ -196,7 +205,9 @@ class Target:
             config._attn_implementation_internal = NAME
             self._masks.hang_on(self._view)
             decoder = self._view.get_decoder()
-            norm = next(getattr(decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n))
+            norm = next(
+                getattr(decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n)
+            )
             norm.register_forward_pre_hook(self._capture)
         return self._view
 
@@ -237,6 +248,10 @@ class Target:
         self._masks.begin(lengths_B, visible, R, parents_BR=parents_BR, valid_rows_B=valid_rows_B, full=full)
         decoder = view.get_decoder()
         out = decoder(
-            input_ids=input_ids_BR, position_ids=position_ids_BR, past_key_values=cache, use_cache=True, return_dict=True
+            input_ids=input_ids_BR,
+            position_ids=position_ids_BR,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
         )
         return TargetRows(out.last_hidden_state, self._pre_norm)

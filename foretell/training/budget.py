@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
+from foretell.runtime import Progress
+
 WARMUP_STEPS = 20
 
 
@@ -29,7 +31,21 @@ class TimeBudget(TrainerCallback):
         self.tau_curve: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = self._step_started = time.monotonic()
+        self._started = self._step_started = self._told = time.monotonic()
+        self._bar = Progress("train", total=round(self.seconds), unit="s")
+        self._bar.__enter__()
+        self._fields: dict[str, Any] = {}
+
+    def _tell(self, step: int) -> None:
+        now = time.monotonic()
+        whole = round(now - self._started) - round(self._told - self._started)
+        if whole > 0:
+            rate = f"{self.tokens / max(self.spent, 1e-9):.0f}"
+            self._bar.update(whole, step=step, **{"answer_tok/s": rate}, **self._fields)
+            self._told = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.__exit__(None, None, None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         share = min((time.monotonic() - self._started) / self.seconds, 1.0)
@@ -42,17 +58,20 @@ class TimeBudget(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.spent += time.monotonic() - self._step_started
         self.tokens += self.trainer.step_tokens
+        self._tell(state.global_step)
         share = (time.monotonic() - self._started) / self.seconds
         if self.measure_at and share >= self.measure_at[0]:
             self.measure_at.pop(0)
             found = self.trainer.measure_tau()
             if found:
                 self.tau_curve.append({"step": state.global_step, "seconds": self.spent, "tau": found["tau"]})
+                self._fields["tau"] = found["tau"]
                 self.trainer.log({f"eval_{name}": value for name, value in found.items()})
         control.should_training_stop = share >= 1.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            self._fields["loss"] = float(logs["loss"])
             accuracy = [v for k, v in sorted(logs.items()) if k.startswith("accuracy_")]
             self.curve.append(
                 {"step": state.global_step, "seconds": self.spent, "loss": float(logs["loss"]), "accuracy": accuracy}

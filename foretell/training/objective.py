@@ -33,7 +33,8 @@ def count_labels(batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_siz
 def objective(
     losses: dict[str, Any], counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their counts.
+    """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
+    counts.
 
     counts_K1 [1 + K] are global: over all micro-batches and ranks of this step. So a micro-batch's share of the loss is
     the same however the step is cut up. Depths that count nothing contribute nothing.

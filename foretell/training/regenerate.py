@@ -19,7 +19,7 @@ import torch
 
 from foretell.data.cache import HiddenStore
 from foretell.data.prompts import encode_prompt
-from foretell.decoding.loop import Decoder, HiddenRecorder
+from foretell.decoding.loop import HiddenRecorder
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.mtp import MTPModel
@@ -47,8 +47,8 @@ def regenerate(
 ) -> tuple[HiddenStore, GenerationStats | None]:
     """Answer the prompts of rows (any form with a prompt) and store answers, labels and states in folder.
 
-    Labels cover the answer only, its end token included. Answers that are stored already are not made again; a store made
-    by another model or with other settings is refused. deadline() true: no further prompt is begun.
+    Labels cover the answer only, its end token included. Answers that are stored already are not made again; a store
+    made by another model or with other settings is refused. deadline() true: no further prompt is begun.
     Returns the store, opened for reading, and the stats of what was made now (None if nothing was missing).
     """
     prompts = [encode_prompt(row, tokenizer) for row in rows]
@@ -56,18 +56,20 @@ def regenerate(
     too_long = [i for i, p in enumerate(prompts) if limit is not None and len(p) + 1 >= limit]
     if too_long:
         raise ValueError(
-            f"{len(too_long)} prompts (first: row {too_long[0]}, {len(prompts[too_long[0]])} tokens) do not fit the model's "
-            f"{limit} positions: shorten or drop them."
+            f"{len(too_long)} prompts (first: row {too_long[0]}, {len(prompts[too_long[0]])} tokens) do not fit the "
+            f"model's {limit} positions: shorten or drop them."
         )
     keys = [hashlib.sha256(json.dumps(p).encode()).hexdigest()[:24] for p in prompts]
     fingerprint = {"target": mtp.target.fingerprint(), "max_new_tokens": max_new_tokens, "greedy": True}
     if keep_hidden:
-        fingerprint["hidden_source"] = mtp.mtp_config.hidden_source  # type: ignore[attr-defined]
+        fingerprint["hidden_source"] = mtp.mtp_config.hidden_source
     width = mtp.target.hidden_size if keep_hidden else None
     dtype = mtp.target.dtype if keep_hidden else torch.float32
     with HiddenStore(folder, fingerprint=fingerprint, width=width, dtype=dtype) as store:
         missing = {key: i for i, key in enumerate(keys) if key not in store}
-        stats = _answer(mtp, prompts, keys, missing, store, eos_ids(mtp, tokenizer), max_new_tokens, keep_hidden, slots, deadline)
+        stats = _answer(
+            mtp, prompts, keys, missing, store, eos_ids(mtp, tokenizer), max_new_tokens, keep_hidden, slots, deadline
+        )
     return HiddenStore.load(folder), stats
 
 

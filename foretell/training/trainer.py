@@ -1,4 +1,5 @@
-"""MTPTrainer: transformers' Trainer with the MTP objective. Everything else (DDP, FSDP2, DeepSpeed, resume, loggers) is its.
+"""MTPTrainer: transformers' Trainer with the MTP objective. Everything else (DDP, FSDP2, DeepSpeed, resume, loggers)
+is its.
 
 One training step: collator -> compute_loss (below) -> MTPModel.forward -> methods/<method>.py -> ops/losses.py.
 """
@@ -26,18 +27,24 @@ from foretell.data.prompts import check_tokenizer, encode_rows
 from foretell.methods.base import DepthWeights, GradientMode, LossKind, Supervision
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
+from foretell.training.budget import TimeBudget
 from foretell.training.objective import count_labels, objective
 from foretell.types import IGNORE_INDEX
 
 
 @dataclass
 class MTPTrainingArguments(TrainingArguments):
-    """TrainingArguments plus what the MTP objective needs. Nothing of the parent changes but the defaults named here."""
+    """TrainingArguments plus what the MTP objective needs. Nothing of the parent changes but the defaults named
+    here."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where checkpoints and the final module go."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "A new one-layer module learns best near 1e-3 to 4e-3."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "A new one-layer module learns best near 1e-3 to 4e-3."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Our collator reads the columns it needs."})
-    metric_for_best_model: str | None = field(default="tau", metadata={"help": "The best checkpoint is the best by tau."})
+    metric_for_best_model: str | None = field(
+        default="tau", metadata={"help": "The best checkpoint is the best by tau."}
+    )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "foretell reports progress itself."})
     mtp_training_mode: GradientMode = field(
         default="standalone", metadata={"help": "disabled, standalone (the target is untouched to the bit) or joint."}
@@ -57,7 +64,9 @@ class MTPTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longest row in tokens; longer ones are cut."})
     packing: bool = field(default=False, metadata={"help": "Pack several documents into rows of max_length."})
-    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens of a chat only."})
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "Train on the assistant's tokens of a chat only."}
+    )
     eval_prompts: int = field(default=16, metadata={"help": "Prompts decoded at each evaluation to measure tau."})
     eval_new_tokens: int = field(default=64, metadata={"help": "New tokens of each of them."})
 
@@ -65,11 +74,15 @@ class MTPTrainingArguments(TrainingArguments):
         """What is wrong with these settings, in plain sentences."""
         found = []
         if self.mtp_supervision != "teacher" and self.mtp_loss != "ce":
-            found.append(f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use ce.")
+            found.append(
+                f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use ce."
+            )
         if self.mtp_loss_scaling_factor is not None and self.mtp_loss_scaling_factor < 0:
             found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted at least 0.")
         if self.mtp_training_mode == "joint" and self.train_target is False:
             found.append("train_target: false contradicts mtp_training_mode=joint; use standalone.")
+        if self.mtp_training_mode == "disabled" and self.train_target is False:
+            found.append("train_target: false with mtp_training_mode=disabled leaves nothing to train.")
         if self.max_length is not None and self.max_length < 3:
             found.append(f"max_length: got {self.max_length}, wanted at least 3 tokens.")
         if self.packing and self.max_length is None:
@@ -114,18 +127,26 @@ class MTPTrainer(Trainer):
         eval_rows = self._encode(eval_dataset, processing_class, args, model, "eval_dataset")
         self._freeze(model, args)
         model.notes = {"training": {k: v for k, v in args.to_dict().items() if k.startswith("mtp_")}}
-        kwargs.setdefault("data_collator", MTPCollator(_pad_token(processing_class, model)))
+        shortest = model.mtp_config.depth + 2
+        kwargs.setdefault("data_collator", MTPCollator(_pad_token(processing_class, model), min_length=shortest))
         super().__init__(
-            model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=processing_class, **kwargs
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
+            **kwargs,
         )
         self.loss_is_scaled_for_ga = True  # objective() divides by counts of the whole accumulated step
         self.can_return_loss = True
         self._logged: dict[str, list[Tensor]] = {}
+        self._logged_steps: set[int] = set()
         self.step_tokens = 0  # answer tokens of the current step on this rank
         self.remove_callback(PrinterCallback)
         if args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(_Report())
+            if not any(isinstance(callback, TimeBudget) for callback in self.callback_handler.callbacks):
+                self.add_callback(_Report())
 
     # -- data and parameters -------------------------------------------------------------------------------------------
 
@@ -141,8 +162,9 @@ class MTPTrainer(Trainer):
         longest = max((len(row["input_ids"]) for row in out), default=0)
         if longest < model.mtp_config.depth + 2:
             raise ValueError(
-                f"{what}: the longest of {len(out)} usable rows has {longest} tokens, but depth {model.mtp_config.depth} "
-                f"needs at least {model.mtp_config.depth + 2}: give longer rows or a smaller depth."
+                f"{what}: the longest of {len(out)} usable rows has {longest} tokens, but depth "
+                f"{model.mtp_config.depth} needs at least {model.mtp_config.depth + 2}: give longer rows "
+                "or a smaller depth."
             )
         return pack(out, args.max_length) if args.packing and what == "train_dataset" else out
 
@@ -202,7 +224,7 @@ class MTPTrainer(Trainer):
         if not training:
             loss = args.mtp_scale * parts["mtp"] + parts.get("ntp", 0.0)
         self._note(losses, parts, training)
-        if training and self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:
             loss = loss * self.accelerator.num_processes  # ranks are averaged; the counts are global already
         return (loss, losses) if return_outputs else loss
 
@@ -212,14 +234,17 @@ class MTPTrainer(Trainer):
         norms = []
         for part in (mtp.model, mtp.module):
             parameters = [p for p in part.parameters() if p.requires_grad]
-            if parameters:
-                norms.append(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm))
+            if parameters:  # the first call takes back fp16's loss scale, from all gradients, which happens only once
+                clip = torch.nn.utils.clip_grad_norm_ if norms else self.accelerator.clip_grad_norm_
+                norms.append(clip(parameters, self.args.max_grad_norm))
         return norms[-1] if len(norms) == 1 else torch.stack([torch.as_tensor(n) for n in norms]).norm()
 
     # -- what is logged ------------------------------------------------------------------------------------------------
 
     def _note(self, losses: dict[str, Any], parts: dict[str, Tensor], training: bool) -> None:
         kind = "" if training else "eval_"
+        if training:
+            self._logged_steps.add(self.state.global_step)
         for name, part in parts.items():
             self._logged.setdefault(f"{kind}{name}_loss", []).append(part)
         for k, loss in enumerate(losses["mtp"], start=1):
@@ -228,13 +253,17 @@ class MTPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss and each depth's accuracy (teacher-forced: tau is measured by decoding)."""
         kind = "eval_" if any(key.startswith("eval_") for key in logs) else ""
-        steps = max(self.args.gradient_accumulation_steps, 1)
         for name in [n for n in self._logged if n.startswith("eval_") == bool(kind)]:
             values = torch.stack(self._logged.pop(name)).float()
+            sums = values.sum(0)
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, "sum")
             if "hit_" in name:
-                logs[name.replace("hit_", "accuracy_")] = float(values[:, 0].sum() / values[:, 1].sum().clamp(min=1))
-            else:  # a micro-batch holds its share of a step's mean
-                logs[name] = float(values.mean() * (1 if kind else steps))
+                logs[name.replace("hit_", "accuracy_")] = float(sums[0] / sums[1].clamp(min=1))
+            else:  # each micro-batch of each rank holds its share of a step's mean
+                logs[name] = float(sums / (len(values) if kind else len(self._logged_steps)))
+        if not kind:
+            self._logged_steps = set()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -246,10 +275,20 @@ class MTPTrainer(Trainer):
             self.log({f"eval_{name}": value for name, value in found.items()})
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.args.metric_for_best_model in ("tau", "eval_tau") and "eval_tau" not in metrics:
+            if self.args.load_best_model_at_end:
+                warnings.warn("tau was not measured, so there is no best checkpoint by tau.", stacklevel=2)
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     def measure_tau(self) -> dict[str, float]:
-        """Decode the first eval_prompts prompts greedily with the module; empty if there are none, or under sharding."""
+        """Decode the first eval_prompts prompts greedily with the module; empty if there are none, or under
+        sharding."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            warnings.warn("tau is not measured while parameters are sharded: decode the saved module instead.", stacklevel=2)
+            warnings.warn(
+                "tau is not measured while parameters are sharded: decode the saved module instead.", stacklevel=2
+            )
             return {}
         prompts = [p for p in (_prompt_of(row) for row in (self.eval_dataset or [])[: self.args.eval_prompts]) if p]
         if not prompts:
@@ -290,10 +329,7 @@ class MTPTrainer(Trainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         mtp = self._mtp()
-        module_state = None
-        if state_dict is not None:
-            module_state = {n.removeprefix("module."): t for n, t in state_dict.items() if n.startswith("module.")}
-        mtp.save_pretrained(folder, state_dict=module_state)
+        mtp.save_pretrained(folder, state_dict=state_dict)
         if self.args.trains_target:  # type: ignore[attr-defined]
             target_state = None
             if state_dict is not None:

@@ -1,0 +1,204 @@
+"""Adaptive draft length: stops where drafts fail, goes long where they hold, comes back when the text changes."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from drafters import Branching, Oracle, Wrong, knowing_mtp, leaning_model
+
+from foretell.decoding.adaptive import AdaptiveLength, CostCurve
+from foretell.decoding.stats import GenerationStats
+from foretell.mtp import MTPModel
+from foretell.types import Draft, SequenceState
+
+NEW = 200
+# seconds against rows. Real drafting takes microseconds here, so that these curves alone decide
+FLAT = CostCurve({1: 1.0, 64: 1.2})
+MILD = CostCurve({1: 1.0, 64: 1.0 + 0.1 * 63})
+STEEP = CostCurve({1: 1.0, 64: 1.0 + 0.3 * 63})
+
+
+@functools.cache
+def mtp() -> MTPModel:
+    return knowing_mtp(leaning_model())
+
+
+@functools.cache
+def truth(batch: int = 1) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    ids = torch.arange(5, 5 + 4 * batch).view(batch, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    wanted = mtp().model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return inputs, wanted.tolist()
+
+
+def decode(make: Callable[[list[list[int]]], Any], curve: CostCurve, batch: int = 1) -> tuple[GenerationStats, Any]:
+    """Decode with num_draft_tokens="auto"; lossless every time."""
+    inputs, wanted = truth(batch)
+    mtp()._curve = curve
+    drafter = make(wanted)
+    out = mtp().generate(
+        **inputs,
+        max_new_tokens=NEW,
+        do_sample=False,
+        num_draft_tokens="auto",
+        drafter=drafter,
+        return_dict_in_generate=True,
+    )
+    assert out.sequences.tolist() == wanted
+    return out.stats, drafter
+
+
+def seconds(stats: GenerationStats, curve: CostCurve) -> float:
+    """What a batch of one took, by the curve."""
+    return sum(curve(1 + drafted) for drafted in stats.drafted[0])
+
+
+def says(confidence: float, make: Callable[..., Any], *args: Any) -> Callable[[list[list[int]]], Any]:
+    """The drafter, with another opinion of itself."""
+
+    def made(wanted: list[list[int]]) -> Any:
+        drafter = make(wanted, *args)
+        drafter.confidence = confidence
+        return drafter
+
+    return made
+
+
+# -- the cost curve ----------------------------------------------------------------------------------------------------
+
+
+def test_cost_curve_interpolates_and_never_falls():
+    curve = CostCurve({4: 3.0, 1: 1.0, 2: 2.0, 8: 2.5, 16: 5.0})
+    assert [curve(n) for n in (1, 2, 3, 4, 8, 12, 16)] == [1.0, 2.0, 2.5, 3.0, 3.0, 4.0, 5.0]
+    assert curve(0) == 1.0
+    assert curve(32) == 10.0, "beyond what was measured, in proportion"
+    costs = [curve(n) for n in range(80)]
+    assert costs == sorted(costs)
+
+
+def test_measured_curve_is_a_curve_of_the_target():
+    curve = CostCurve.measure(mtp().target, context=16, repeats=1)
+    costs = [curve(n) for n in range(1, 70)]
+    assert 0 < costs[0] and costs == sorted(costs) and costs[-1] < 5
+    assert 0 < CostCurve.measure(knowing_mtp(leaning_model(max_position_embeddings=65)).target, repeats=1)(1) < 5
+
+
+# -- behaviour over many rounds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("confidence", [0.02, 0.5, 0.99])
+@pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])
+def test_stops_where_all_drafts_fail(curve, confidence):
+    stats, drafter = decode(says(confidence, Wrong), curve)
+    drafted = stats.drafted[0]
+    assert len(drafted) == NEW and sum(stats.accepted[0]) == 0
+    assert seconds(stats, curve) < 1.05 * NEW * curve(1)
+    # what is drafted and thrown away costs too; where a row costs next to nothing, trying is right for a while
+    assert sum(drafted) <= drafter.proposed < (30 if curve is STEEP else 2 * NEW)
+    # it goes on looking, now and then
+    assert drafter.proposed > drafter.proposed_at[NEW // 2]
+
+
+@pytest.mark.parametrize("confidence", [0.02, 0.5, 0.99])
+@pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])
+def test_drafts_long_where_all_is_accepted(curve, confidence):
+    """Also where the drafter doubts itself: what was accepted counts for more than what it says."""
+    stats, _ = decode(says(confidence, Oracle), curve)
+    last = [v.accepted for v in stats.records[0][-10:-1]]
+    assert min(last) >= (8 if curve is FLAT else 3), stats.accepted[0]
+    assert seconds(stats, curve) < (0.2 if curve is FLAT else 0.6) * NEW * curve(1)
+
+
+@pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])
+def test_comes_back_when_the_text_changes(curve):
+    stats, _ = decode(lambda wanted: Changing(wanted, {0: 4 + 80}), curve)
+    assert sum(stats.accepted[0][:80]) == 0
+    assert sum(stats.accepted[0][80:]) > (80 if curve is FLAT else 20), stats.accepted[0]
+
+
+class Changing(Oracle):
+    """Wrong up to a place in each sequence's text, right after it. Sequences without a place get no drafts at all."""
+
+    def __init__(self, wanted: list[list[int]], places: dict[int, int]) -> None:
+        super().__init__(wanted)
+        self.places = places
+
+    def chain(self, sequence: SequenceState, length: int) -> list[int]:
+        if sequence.index not in self.places:
+            return []
+        self.script = [10**6 if len(sequence.tokens) > self.places[sequence.index] else 0]
+        return super().chain(sequence, length)
+
+
+@pytest.mark.parametrize("drafts_for", [0, 1])
+def test_a_drafter_that_serves_one_sequence_of_the_batch_comes_back_too(drafts_for):
+    """Prompt lookup is asked only where it found something: the first sequence of a batch may never be."""
+    stats, _ = decode(lambda wanted: Changing(wanted, {drafts_for: 4 + 80}), MILD, batch=2)
+    assert sum(stats.drafted[1 - drafts_for]) == 0
+    assert sum(stats.accepted[drafts_for]) > 20, stats.accepted[drafts_for]
+
+
+def test_trees_are_lossless_and_pruned():
+    stats, drafter = decode(lambda wanted: Branching(wanted, (3, 0, 1)), STEEP)
+    assert 0 < sum(stats.accepted[0]) and sum(stats.drafted[0]) < drafter.proposed
+
+
+def test_the_module_and_lookup_are_lossless():
+    for curve in (FLAT, STEEP):
+        stats, _ = decode(lambda wanted: "mtp+lookup", curve, batch=2)
+        assert stats.tau > 1.2
+
+
+# -- pruning -----------------------------------------------------------------------------------------------------------
+
+
+def random_draft(rng: random.Random, size: int) -> Draft:
+    draft = Draft(probs=[])
+    for i in range(size):
+        draft.tokens.append(rng.randrange(50))
+        draft.parents.append(rng.choice([-1, *range(i)]))
+        draft.probs.append(torch.tensor([float(i)]))
+        draft.confidence.append(rng.random())
+        draft.sources.append(rng.choice(["a", "b", "a+b"]))
+    return draft
+
+
+def test_pruning_keeps_parents_and_what_belongs_to_a_token():
+    rng = random.Random(0)
+    sizes = set()
+    for _ in range(200):
+        adaptive = AdaptiveLength(rng.choice([FLAT, STEEP]), 8)
+        draft = random_draft(rng, rng.randint(0, 9))
+        whole = list(zip(draft.tokens, draft.parents, draft.confidence, draft.sources))
+        kept = adaptive.prune([draft], 0.0)[0]
+        sizes.add(len(kept))
+        at = [int(p[0]) for p in kept.probs]  # where each token stood
+        assert at == sorted(set(at))
+        for i, (old, parent) in enumerate(zip(at, kept.parents, strict=True)):
+            assert (-1 if parent < 0 else at[parent]) == draft.parents[old] and parent < i
+            assert (kept.tokens[i], kept.confidence[i], kept.sources[i]) == (
+                whole[old][0],
+                whole[old][2],
+                whole[old][3],
+            )
+    assert min(sizes) == 0 and len(sizes) > 4
+
+
+def test_pruning_takes_the_best_rate():
+    """Against the definition: of all numbers of rows the one with most expected tokens a second."""
+    rng = random.Random(1)
+    for _ in range(100):
+        adaptive, draft = AdaptiveLength(STEEP, 8), random_draft(rng, 7)
+        chances = sorted(adaptive.chances(draft), reverse=True)
+        rates = [(1 + sum(chances[:m])) / (STEEP(1 + m) + 0.2) for m in range(8)]
+        assert len(adaptive.prune([draft], 0.2)[0]) == rates.index(max(rates))
+
+
+def test_chances_multiply_along_a_branch():
+    draft = Draft([1, 2, 3], [-1, 0, -1], None, [0.5, 0.4, 0.3], ["a", "a", "b"])
+    assert AdaptiveLength(FLAT, 8).chances(draft) == pytest.approx([0.5, 0.2, 0.3])

@@ -216,9 +216,11 @@ class MTPModel(nn.Module):
             slots=slots,
             streamer=streamer,
         )
-        assistant = kwargs.get("assistant_model")
-        if assistant is not None:
-            raise ValueError("foretell's generate cannot honour: assistant_model. Its own drafters stand in `drafter`.")
+        # transformers keeps these from a custom_generate, or goes another way before it asks for one
+        lost = [name for name in ("assistant_model", "synced_gpus") if kwargs.get(name)]
+        lost += ["cache_implementation='paged'"] if kwargs.get("cache_implementation") == "paged" else []
+        if lost:
+            raise ValueError(f"foretell's generate cannot honour: {', '.join(lost)}. Its drafters stand in `drafter`.")
         _own_stop_strings(kwargs, self.model)
         was_training = self.training
         self.eval()
@@ -303,6 +305,8 @@ def custom_generate(
             f"num_draft_tokens: got {length}, but this module drafts at most {longest} (depth={mtp.mtp_config.depth}); "
             "shared_module=True can be reused further."
         )
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
     if draft_sample_method not in ("greedy", "probabilistic"):
         raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
 

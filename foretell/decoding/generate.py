@@ -76,9 +76,8 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any], syn
         bad.append(f"cache_implementation={generation_config.cache_implementation!r} (foretell brings its own cache)")
     if getattr(generation_config, "use_cache", True) is False:
         bad.append("use_cache=False")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0:
-        bad.append("past_key_values with tokens in it")
+    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+        bad.append("past_key_values (foretell brings its own cache)")
     bad += sorted(set(model_kwargs) - _HANDLED_KWARGS)
     if synced_gpus:
         bad.append("synced_gpus=True")
@@ -125,6 +124,7 @@ def generate_rows(
                 "Set padding_side='left' in the tokenizer."
             )
         sequences.append(SequenceState(ids[left:], T - left, index, left_padding=left, pad_token_id=pad))
+    _check_positions(model_kwargs.get("position_ids"), mask_BT)
     finish = Finish(stopping_criteria, B)
     limit = decoder.target.max_positions
     if limit is not None and max(len(s.tokens) for s in sequences) >= limit:
@@ -158,6 +158,14 @@ def generate_rows(
     if generation_config.return_dict_in_generate:
         return MTPGenerateOutput(sequences=out, stats=stats)
     return out
+
+
+def _check_positions(position_ids_BT: Tensor | None, mask_BT: Tensor) -> None:
+    if position_ids_BT is None:
+        return
+    usual_BT = mask_BT.long().cumsum(-1) - 1
+    if not torch.equal(position_ids_BT.expand_as(usual_BT)[mask_BT == 1], usual_BT[mask_BT == 1]):
+        raise ValueError("foretell's generate cannot honour: position_ids other than 0, 1, 2, ... from a prompt's start.")
 
 
 def _pad_token(generation_config: Any) -> int:

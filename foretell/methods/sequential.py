@@ -338,14 +338,14 @@ class SequentialDrafter:
         """Neighbours that share a forward. One that has just joined brings its whole prompt: its many rows must neither
         pad the few of the others nor reach beyond the cache.
         """
-        parts, first = [], 0
+        starts = [s.cached - count for s, count in zip(sequences, counts, strict=True)]
+        parts, first, R, rows, start = [], 0, counts[0], counts[0], starts[0]
         for b in range(1, len(counts)):
-            R = max(counts[first : b + 1])
-            wasteful = R > FEW_ROWS and R * (b + 1 - first) > 2 * sum(counts[first : b + 1])
-            start = max(s.cached - c for s, c in zip(sequences[first : b + 1], counts[first : b + 1], strict=True))
+            R, rows, start = max(R, counts[b]), rows + counts[b], max(start, starts[b])
+            wasteful = R > FEW_ROWS and R * (b + 1 - first) > 2 * rows
             if wasteful or start + R > self.capacity:
                 parts.append(slice(first, b))
-                first = b
+                first, R, rows, start = b, counts[b], counts[b], starts[b]
         return [*parts, slice(first, len(counts))]
 
     def _forward(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, counts: list[int]) -> Tensor:

@@ -254,8 +254,9 @@ class MTPModel(nn.Module):
 
 def _own_stop_strings(kwargs: dict[str, Any], model: nn.Module) -> None:
     """transformers 5.23 loses `tokenizer` on the way to a custom_generate, so the criterion is made here."""
-    settings = kwargs.get("generation_config") or model.generation_config
-    strings = kwargs.pop("stop_strings", None) or getattr(settings, "stop_strings", None)
+    given_to_model = model.generation_config.stop_strings
+    strings = kwargs.pop("stop_strings", None) or getattr(kwargs.get("generation_config"), "stop_strings", None)
+    strings = strings or given_to_model
     tokenizer = kwargs.pop("tokenizer", None)
     if not strings:
         return
@@ -266,6 +267,8 @@ def _own_stop_strings(kwargs: dict[str, Any], model: nn.Module) -> None:
 
         kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
         kwargs["generation_config"].stop_strings = None
+    if given_to_model:
+        kwargs["stop_strings"] = None  # wins over the model's own
     given = list(kwargs.pop("stopping_criteria", None) or [])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
 

@@ -124,7 +124,7 @@ def _budget(settings: DemoSettings) -> dict[str, float]:
     if settings.short:
         return {"total": 120.0, "answers": 30.0, "forwards": 600.0}
     forwards = len(CATEGORIES) * 2 * 0.8 * NEW_TOKENS * settings.repeats * 4.4
-    return {"total": 60.0 * settings.minutes, "answers": min(9.0 * settings.minutes, 480.0), "forwards": forwards}
+    return {"total": 60.0 * settings.minutes, "answers": min(8.0 * settings.minutes, 480.0), "forwards": forwards}
 
 
 # -- the model and the prompts

@@ -165,7 +165,7 @@ def _check_positions(position_ids_BT: Tensor | None, mask_BT: Tensor) -> None:
         return
     usual_BT = mask_BT.long().cumsum(-1) - 1
     if not torch.equal(position_ids_BT.expand_as(usual_BT)[mask_BT == 1], usual_BT[mask_BT == 1]):
-        raise ValueError("foretell's generate cannot honour: position_ids other than 0, 1, 2, ... from a prompt's start.")
+        raise ValueError("foretell's generate cannot honour: position_ids that do not count from each prompt's start.")
 
 
 def _pad_token(generation_config: Any) -> int:

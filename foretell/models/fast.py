@@ -37,8 +37,10 @@ class PackedLinear(nn.Module):
 
 
 class FusedRMSNorm(nn.Module):
-    """y = x / rms(x) * weight. A CPU has one kernel for LayerNorm and seven for RMSNorm, and a few rows are all overhead:
-    [x, -x] has mean zero and variance rms(x)^2, so its LayerNorm's first half is the RMSNorm.
+    """y = x / rms(x) * weight.
+
+    A CPU has one kernel for LayerNorm and seven for RMSNorm, and a few rows are all overhead: [x, -x] has mean zero and
+    variance rms(x)^2, so the first half of its LayerNorm is the RMSNorm.
     """
 
     FEW = 16 * 1024  # numbers, below which the detour wins

@@ -51,8 +51,8 @@ class MTPBlock(nn.Module):
         std = getattr(target.config, "initializer_range", 0.02) or 0.02
         self.eh_proj.weight.normal_(std=std)
         if how == "identity":
-            # the block is a copy of the target's last layer, so it must read what that layer reads: the direction of the
-            # state before the final norm (its gain undone), at the residual stream's size
+            # the block is a copy of the target's last layer, so it must read what that layer reads: the direction of
+            # the state before the final norm (its gain undone), at the residual stream's size
             self.eh_proj.weight.zero_()
             scale_D = torch.full(
                 (D,), self._residual_size(target), dtype=torch.float32, device=self.eh_proj.weight.device

@@ -1,0 +1,262 @@
+"""The fast tree computes what the model computes, over the same weights; our attention is transformers' eager one."""
+
+# B sequences, Hq query heads, H key-value heads, R rows, L columns, E width of a head.
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, VOCAB, tiny_model
+from torch import Tensor, nn
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
+
+from foretell.models.attention import RowMasks, foretell_attention
+from foretell.models.fast import FusedRMSNorm, PackedLinear, _fused_norm, fast_view, weights_version
+from foretell.models.slot_cache import SlotCache
+from foretell.models.target import Target
+from foretell.ops.tree import brute_force_visible, chain
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def states(Hq: int, H: int, R: int, L: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, Hq, R, 8), (2, H, L, 8), (2, H, L, 6))  # values narrower than keys, as in latent attention
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)  # type: ignore[return-value]
+
+
+def module_of(Hq: int, H: int, masks: RowMasks | None = None) -> nn.Module:
+    module = nn.Module().eval()
+    module.num_key_value_groups, module.head_dim = Hq // H, 8
+    module.sinks = torch.linspace(-1, 2, Hq)
+    if masks is not None:
+        module.__dict__["foretell_masks"] = masks
+    return module
+
+
+def additive(mask_B1RL: Tensor) -> Tensor:
+    return torch.zeros(mask_B1RL.shape).masked_fill(~mask_B1RL, torch.finfo(torch.float32).min)
+
+
+def brute_mask(parents: list[list[int]], lengths: list[int], L: int, window: int | None) -> Tensor:
+    """[B, 1, R, L] by the definition: ancestors, the cache, and a window counted in positions."""
+    R = len(parents[0])
+    mask = torch.zeros(len(parents), 1, R, L, dtype=torch.bool)
+    for b, (tree, length) in enumerate(zip(parents, lengths, strict=True)):
+        sees = brute_force_visible(tree)
+        depth = [int(sees[r].sum()) - 1 for r in range(R)]
+        for r in range(R):
+            for column in range(L):
+                position = (
+                    column if column < length else length + depth[column - length] if column < length + R else None
+                )
+                if position is None:
+                    continue
+                inside = column < length or bool(sees[r, column - length])
+                mask[b, 0, r, column] = inside and (window is None or position > length + depth[r] - window)
+    return mask
+
+
+TREES = {"chain": [chain(4).tolist()] * 2, "tree": [[-1, 0, 0, 1], [-1, 0, 1, 0]]}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("tree", TREES)
+def test_attention_is_transformers_eager_attention(tree, heads, softcap, window):
+    parents, lengths, L = TREES[tree], [5, 3], 10
+    query, key, value = states(*heads, 4, L)
+    masks = RowMasks()
+    masks.begin(torch.tensor(lengths), L, 4, parents_BR=None if tree == "chain" else torch.tensor(parents))
+    module = module_of(*heads, masks)
+    out, _ = foretell_attention(module, query, key, value, None, scaling=0.4, softcap=softcap, sliding_window=window)
+    mask = brute_mask(parents, lengths, L, window)
+    wanted, _ = eager(module, query, key, value, additive(mask), scaling=0.4, softcap=softcap)
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
+    # the gate can fail: without the window, without the softcap, with the heads in another order
+    other, _ = eager(module, query.flip(1), key, value, additive(mask), scaling=0.4, softcap=softcap)
+    assert float((out - other).abs().max()) > 0.01
+    if window is not None or tree == "tree":
+        loose = brute_mask(TREES["chain"], lengths, L, None)
+        other, _ = eager(module, query, key, value, additive(loose), scaling=0.4, softcap=softcap)
+        assert float((out - other).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_sinks(heads):
+    query, key, value = states(*heads, 3, 7)
+    masks = RowMasks()
+    masks.begin(torch.tensor([4, 2]), 7, 3)
+    module = module_of(*heads, masks)
+    mask = additive(brute_mask([chain(3).tolist()] * 2, [4, 2], 7, None))
+    wanted, _ = eager_with_sinks(module, query, key, value, mask, scaling=0.5)
+    out, _ = foretell_attention(module, query, key, value, None, scaling=0.5, s_aux=module.sinks)
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
+    without, _ = foretell_attention(module, query, key, value, None, scaling=0.5)
+    assert float((out - without).abs().max()) > 0.01
+
+
+def test_a_ready_mask_and_the_default_scale():
+    query, key, value = states(4, 2, 3, 7)
+    mask = brute_mask([chain(3).tolist()] * 2, [4, 2], 7, None)
+    module = module_of(4, 2)
+    out, _ = foretell_attention(module, query, key, value, mask)
+    wanted, _ = eager(module, query, key, value, additive(mask))
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
+    capped, _ = foretell_attention(module, query, key, value, mask, softcap=50.0)
+    wanted, _ = eager(module, query, key, value, additive(mask), softcap=50.0)
+    torch.testing.assert_close(capped, wanted, atol=2e-6, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="run rows through Target"):
+        foretell_attention(module, query, key, value, None)
+
+
+def test_no_mask_where_nothing_is_hidden():
+    masks = RowMasks()
+    masks.begin(torch.tensor([6, 6]), 7, 1, full=True)
+    assert masks.get(None, 2) is None and masks.get(7, 2) is None
+    assert masks.get(3, 2) is not None, "a window still hides"
+    masks.begin(torch.tensor([6, 5]), 7, 1)
+    assert masks.get(None, 2).shape == (2, 1, 2, 7)
+    assert masks.get(None, 2) is masks.get(None, 2), "made once a step"
+
+
+# -- the fast tree -----------------------------------------------------------------------------------------------------
+
+IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def rows_logits(target: Target, ids: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """Logits of all positions, read in steps on top of the cache."""
+    cache, done, out = SlotCache(len(ids), 16), 0, []
+    for step in steps:
+        part = ids[:, done : done + step]
+        rows = target.forward_rows(part, torch.full((len(ids),), done), cache, visible=done + step, full=step == 1)
+        out.append(target.logits(rows.post_norm_BRD, view=True))
+        done += step
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_fast_tree_says_what_the_model_says(name):
+    model = tiny_model(name, spread=1.5)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms of ones and biases of zeros would hide a wrong formula
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+        wanted = model(IDS).logits
+    target = Target(model)
+    for steps in ((12,), (5, 1, 1, 4, 1)):
+        got = rows_logits(target, IDS, steps)
+        assert float((got - wanted).abs().max()) < 1e-4
+        assert float((got - wanted.roll(1, 1)).abs().max()) > 1e-2
+    rows = target.forward_text(IDS, torch.arange(12)[None].expand(2, 12))
+    with torch.no_grad():
+        assert float((target.logits(rows.post_norm_BRD) - wanted).abs().max()) < 1e-4
+        assert float((target.norm(rows.pre_norm_BRD) - rows.post_norm_BRD).abs().max()) < 1e-5
+    kinds = [type(module) for module in target.view().modules()]
+    assert PackedLinear in kinds or not torch.backends.mkldnn.is_available()
+    assert (FusedRMSNorm in kinds) == (name != "gpt_neox")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt_neox"])
+def test_parameters_are_shared(name):
+    model = tiny_model(name)
+    view = fast_view(model)
+    assert view is not model and not view.training
+    own = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in view.parameters()} <= own
+    assert all(p.requires_grad for p in model.parameters())
+    # the model itself is as it was
+    assert not any(isinstance(m, PackedLinear | FusedRMSNorm) for m in model.modules())
+    assert type(model.config)._attn_implementation is not None and model.config._attn_implementation != "foretell"
+    Target(model).view()
+    assert model.config._attn_implementation != "foretell"
+    assert not any("foretell_masks" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linear(rows, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 10, bias=bias)
+    packed = PackedLinear(linear)
+    assert packed.weight is linear.weight and packed.bias is linear.bias
+    with torch.no_grad():
+        for shape in ((rows, 24), (1, rows, 24)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_norm_is_fused_only_where_the_numbers_agree():
+    class OddRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.rand(8) + 0.5), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / (x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
+
+    assert _fused_norm(OddRMSNorm()) is None
+    assert _fused_norm(nn.LayerNorm(8)) is None
+    for name in ("llama", "gemma2"):
+        norm = tiny_model(name).model.norm
+        with torch.no_grad():
+            norm.weight.add_(torch.linspace(0, 1, 32))
+        fused = _fused_norm(norm)
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(fused(x), norm(x), atol=1e-5, rtol=1e-5)
+
+
+def test_stale_only_when_weights_change():
+    model = tiny_model()
+    target = Target(model)
+    target.refresh()
+    view, version = target.view(), weights_version(model)
+    rows_logits(target, IDS, (12,))
+    model(IDS)
+    model.train()
+    model.eval()
+    target.refresh()
+    assert target.view() is view and weights_version(model) == version, "reading changes nothing"
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3.0)
+        wanted = model(IDS).logits
+    assert weights_version(model) != version
+    assert float((rows_logits(target, IDS, (12,)) - wanted).abs().max()) > 1e-2, "packed weights are copies"
+    target.refresh()
+    assert target.view() is not view
+    assert float((rows_logits(target, IDS, (12,)) - wanted).abs().max()) < 1e-4
+    version = weights_version(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert weights_version(model) != version, "a replaced parameter counts too"
+
+
+def test_buffers_count_as_weights():
+    module = nn.Module()
+    module.register_buffer("map", torch.arange(4))
+    version = weights_version(module)
+    module.map.copy_(torch.arange(4) + 1)
+    assert weights_version(module) != version
+
+
+def test_release_forgets_the_tree():
+    target = Target(tiny_model())
+    view = target.view()
+    target.release()
+    assert target._view is None and target.view() is not view
+
+
+def test_nothing_is_packed_where_memory_is_short(monkeypatch):
+    from foretell.models import fast
+
+    monkeypatch.setattr(fast, "_PACKED_LIMIT", 0.0)
+    memory = types.SimpleNamespace(virtual_memory=lambda: types.SimpleNamespace(available=2**40))
+    monkeypatch.setitem(__import__("sys").modules, "psutil", memory)
+    view = fast_view(tiny_model())
+    assert not any(isinstance(m, PackedLinear) for m in view.modules())
+    assert any(isinstance(m, FusedRMSNorm) for m in view.modules())

@@ -35,8 +35,12 @@ class MachineSettings:
     output: str = field(default="results/machine.json", metadata={"help": "Where the numbers go."})
     repeats: int = field(default=3, metadata={"help": "Interleaved repeats."})
     new_tokens: int = field(default=48, metadata={"help": "Of each answer."})
-    batches: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Batch sizes of drafting on and off."})
-    continuous: int = field(default=64, metadata={"help": "Sequences of the continuous-batching comparison; 0 skips it."})
+    batches: list[int] = field(
+        default_factory=lambda: [1, 4, 16], metadata={"help": "Batch sizes of drafting on and off."}
+    )
+    continuous: int = field(
+        default=64, metadata={"help": "Sequences of the continuous-batching comparison; 0 skips it."}
+    )
 
 
 def left_padded(prompts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
@@ -98,7 +102,10 @@ def decoding(mtp: MTPModel, prompts: list[list[int]], settings: MachineSettings,
             inputs["input_ids"].shape[1],
             settings.repeats,
         )
-        print(f"batch {batch}: " + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found[str(batch)].items()))
+        print(
+            f"batch {batch}: "
+            + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found[str(batch)].items())
+        )
     return found
 
 
@@ -140,7 +147,9 @@ def failing_text(mtp: MTPModel, settings: MachineSettings) -> dict[str, Any]:
     )
 
 
-def training(model: Any, tokenizer: Any, prompts: list[list[int]], seconds: float, folder: Path) -> tuple[MTPModel, dict]:
+def training(
+    model: Any, tokenizer: Any, prompts: list[list[int]], seconds: float, folder: Path
+) -> tuple[MTPModel, dict]:
     """A module trained for `seconds` on the target's answers to the prompts, and how fast that went."""
     from foretell.training.budget import TimeBudget
     from foretell.training.regenerate import regenerate
@@ -188,10 +197,15 @@ def main() -> None:
     print("cost: " + "  ".join(f"{p['rows']} rows {p['ms']:.1f} ms" for p in found["cost_curve"]))
     found["decoding"] = {"float32": decoding(mtp, prompts, settings, eos)}
     found["failing_text"] = failing_text(mtp, settings)
-    print("drafts fail: " + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found["failing_text"].items()))
+    print(
+        "drafts fail: " + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found["failing_text"].items())
+    )
     if settings.continuous:
         found["continuous"] = continuous(mtp, prompts, settings, eos)
-        print("continuous: " + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found["continuous"].items()))
+        print(
+            "continuous: "
+            + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found["continuous"].items())
+        )
     if gpu:
         module_folder = folder / "module"
         mtp.save_pretrained(module_folder)

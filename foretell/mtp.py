@@ -280,6 +280,7 @@ def _drafter_of(mtp: MTPModel, drafter: Any, sample: bool) -> Drafter:
         if unknown:
             raise ValueError(f"drafter: got {drafter!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or Drafter objects.")
         drafter = [mtp.drafter(sample) if name == "mtp" else PromptLookup() for name in names]
+        drafter.sort(key=lambda one: one.name != "lookup")  # what costs nothing proposes first
     drafters = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
     return drafters[0] if len(drafters) == 1 else Composed(drafters)
 

@@ -100,7 +100,8 @@ class SequenceState:
         return self.tokens[self.prompt_length :]
 
 
-Worth = Callable[[str, int, Draft], bool]  # (drafter, sequence, its draft so far) -> is one more token worth its time?
+# (drafter's name, sequence, its draft so far[, what others drafted]) -> whether one more token is worth its time
+Worth = Callable[..., bool]
 
 
 class Drafter(Protocol):

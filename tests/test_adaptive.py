@@ -84,7 +84,7 @@ def test_cost_curve_interpolates_and_never_falls():
 def test_measured_curve_is_a_curve_of_the_target():
     curve = CostCurve.measure(mtp().target, context=16, repeats=1)
     costs = [curve(n) for n in range(1, 70)]
-    assert 0 < costs[0] and costs == sorted(costs) and costs[-1] < 5
+    assert costs[0] > 0 and costs == sorted(costs) and costs[-1] < 5
     assert 0 < CostCurve.measure(knowing_mtp(leaning_model(max_position_embeddings=65)).target, repeats=1)(1) < 5
 
 
@@ -99,7 +99,7 @@ def test_stops_where_all_drafts_fail(curve, confidence):
     assert len(drafted) == NEW and sum(stats.accepted[0]) == 0
     assert seconds(stats, curve) < 1.05 * NEW * curve(1)
     # what is drafted and thrown away costs too; where a row costs next to nothing, trying is right for a while
-    assert sum(drafted) <= drafter.proposed < (30 if curve is STEEP else 2 * NEW)
+    assert sum(drafted) <= drafter.proposed < (30 if curve is STEEP else 3 * NEW)
     # it goes on looking, now and then
     assert drafter.proposed > drafter.proposed_at[NEW // 2]
 
@@ -145,7 +145,7 @@ def test_a_drafter_that_serves_one_sequence_of_the_batch_comes_back_too(drafts_f
 
 def test_trees_are_lossless_and_pruned():
     stats, drafter = decode(lambda wanted: Branching(wanted, (3, 0, 1)), STEEP)
-    assert 0 < sum(stats.accepted[0]) and sum(stats.drafted[0]) < drafter.proposed
+    assert sum(stats.accepted[0]) > 0 and sum(stats.drafted[0]) < drafter.proposed
 
 
 def test_the_module_and_lookup_are_lossless():

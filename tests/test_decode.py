@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIter
 import foretell
 from foretell.decoding import loop
 from foretell.decoding.adaptive import CostCurve
+from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.mtp import MTPModel
 from foretell.types import SequenceState
@@ -481,12 +482,17 @@ def test_another_dtype_between_calls():
 # -- what was trained is what drafts -----------------------------------------------------------------------------------
 
 
-def check_chain(mtp: MTPModel, inputs: dict[str, Tensor], new: int, **settings: Any) -> tuple[list, dict[int, int]]:
+def check_chain(
+    mtp: MTPModel, inputs: dict[str, Tensor], new: int, beside: Any = None, **settings: Any
+) -> tuple[list, dict[int, int]]:
     """Decode, and hold each draft against draft_logits of the final text, teacher-forced, where both read the same
     tokens: depth k wherever the k - 1 drafts before it stayed. Returns the tokens and the comparisons by depth.
+
+    beside: another drafter, in one tree with the module.
     """
     spy = Spy(mtp.drafter())
-    out = run(mtp, inputs, max_new_tokens=new, drafter=spy, **settings)
+    drafter = spy if beside is None else [beside, spy]
+    out = run(mtp, inputs, max_new_tokens=new, drafter=drafter, **settings)
     wanted = mtp.model.generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=0)
     assert out.sequences.tolist() == wanted.tolist()
     compared: dict[int, int] = {}
@@ -520,6 +526,44 @@ def test_what_was_trained_is_what_drafts_in_every_variant(variant, name):
     settings = VARIANTS[variant]
     _, compared = check_chain(knowing_mtp(target(name), noise=0.2, **settings), prompts(11, 6, 14), 16, slots=2)
     assert len(compared) >= min(settings.get("depth", 3), 3), compared
+
+
+def test_what_was_trained_is_what_drafts_from_a_tree():
+    """Accepted rows stand here and there in the tree: the module must be given their states and no others."""
+    inputs = prompts(11, 6, 14)
+    truth = texts(inputs, reference(target(), inputs, max_new_tokens=24))
+    mtp = knowing_mtp(target(), noise=0.2)
+    _, compared = check_chain(mtp, inputs, 24, beside=Branching(truth, (2, 0, 3)), slots=2)
+    assert compared[1] > 15 and compared[2] > 3, compared
+
+
+def test_recorded_states_are_those_of_the_text():
+    """What training reads instead of a second forward: the states of every cached position, whatever was drafted."""
+    inputs, mtp = prompts(11, 6, 14, 1), mtp_of()
+    wanted = reference(target(), inputs, max_new_tokens=16)
+    texts_of = texts(inputs, wanted)
+    recorder = loop.HiddenRecorder(lambda rows: rows.post_norm_BRD)
+    decoder = loop.Decoder(mtp.target, Branching(texts_of, (2, 0, 1)))
+    decoder.watchers.append(recorder)
+    states: dict[int, Tensor] = {}
+    sequences = [SequenceState(text[: len(text) - 16], len(text) - 16, b) for b, text in enumerate(texts_of)]
+    decoder.run(
+        sequences,
+        RowScores(None, do_sample=False),
+        lambda s: len(s.new_tokens) == 16,
+        max_tokens=40,
+        num_draft_tokens=3,
+        slots=2,
+        leave=lambda s: states.__setitem__(s.index, recorder.states(s)),
+    )
+    for sequence in sequences:
+        assert sequence.tokens == texts_of[sequence.index]
+        ids = torch.tensor([sequence.tokens])
+        with torch.no_grad():
+            whole = mtp.target.forward_text(ids, torch.arange(ids.shape[1])[None]).post_norm_BRD[0]
+        kept = states[sequence.index]
+        assert sequence.cached == len(kept) >= ids.shape[1] - 4, "all but what the last round emitted"
+        torch.testing.assert_close(kept, whole[: len(kept)], atol=1e-4, rtol=1e-4)
 
 
 def test_drafts_follow_when_the_asked_length_changes():

@@ -213,7 +213,9 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
         with Progress("train", total=10, unit="tok", stream=stream) as bar:
             bar.update(10, loss=0.5)
         stream.flush()
-        text = os.read(leader, 65536).decode()
+        text = ""
+        while "loss 0.5" not in text.rpartition("done")[2]:  # a read returns what is there so far
+            text += os.read(leader, 65536).decode()
     os.close(leader)
     assert "\x1b[" in text  # drawn in place
     assert "━" in text

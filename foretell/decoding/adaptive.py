@@ -42,6 +42,11 @@ class CostCurve:
                 return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
         return self.seconds[-1] * rows / self.rows[-1]
 
+    def cheapest_row(self, rows: int, step: int = 1) -> float:
+        """Seconds of `step` more rows after `rows`, at the best average over what may follow: past a jump rows are cheap."""
+        here = self(rows)
+        return min((self(rows + n * step) - here) / n for n in (1, 2, 4, 7))
+
     @classmethod
     def measure(cls, target: Target, context: int = 128, repeats: int = 5) -> CostCurve:
         """Time forwards of 1 to 64 rows over a cache of `context` tokens, sizes interleaved, medians."""
@@ -91,20 +96,30 @@ class AdaptiveLength:
             self._sit_out[name] = max(rounds - 1, 0)
         return [self.longest] * batch
 
-    def worth(self, name: str, b: int, draft: Draft) -> bool:
-        """See Worth."""
-        if not len(draft):  # one answer for the whole batch
+    def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
+        """See Worth. beside: what cheaper drafters have proposed for the same sequence already."""
+        if self._step_seconds[name] == 0.0:
+            return True  # nobody knows yet what it costs: `prune` decides what is verified
+        needed = self._needed(beside)
+        if not len(draft):  # one answer for the whole batch, but for sequences that are served already
             if name not in self._starts:
                 self._starts[name] = self._starts_now(name)
-            return self._starts[name]
+            return self._starts[name] and (needed == 1.0 or name in self._probing or self._pays(name, 1, needed))
         if name in self._probing:
             return False
-        return self._pays(name, len(draft) + 1, self.chances(draft)[-1], len(draft) + 1)
+        return self._pays(name, len(draft) + 1, self.chances(draft)[-1] * needed)
+
+    def _needed(self, beside: Draft | None) -> float:
+        """Chance that none of the others' first tokens is accepted: only then does another opinion help."""
+        if beside is None or not len(beside):
+            return 1.0
+        first = [c for c, parent in zip(self.chances(beside), beside.parents, strict=True) if parent < 0]
+        return max(1.0 - sum(first), 0.05)
 
     def _starts_now(self, name: str) -> bool:
         if self._sit_out[name] > 0:
             return False
-        if self._pays(name, 1, 1.0, 1):
+        if self._pays(name, 1, 1.0):
             self._wait[name] = 1
             return True
         # looks hopeless: look again only now and then
@@ -113,10 +128,10 @@ class AdaptiveLength:
         self._probing.add(name)
         return True
 
-    def _pays(self, name: str, depth: int, reached: float, rows: int) -> bool:
-        batch = self._batch
-        seconds = self.curve(batch * (rows + 1)) - self.curve(batch * rows) + self._step_seconds[name]
-        return batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
+    def _pays(self, name: str, depth: int, reached: float) -> bool:
+        """Whether one more step, reached with that chance, makes tokens faster than they come now."""
+        seconds = self.curve.cheapest_row(self._batch * depth, self._batch) + self._step_seconds[name]
+        return self._batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
 
     def _holds(self, name: str, depth: int) -> float:
         """Share of drafts that were accepted where their parents were; a depth not seen yet is as the one before it."""

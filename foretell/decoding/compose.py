@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,8 +54,11 @@ class Composed:
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
         merged = [Draft() for _ in sequences]
+        self.timing: dict[str, tuple[float, int]] = {}
         for drafter in self.drafters:
-            for into, draft in zip(merged, drafter.draft(sequences, lengths, worth), strict=True):
+            asked = worth and (lambda name, b, draft: worth(name, b, draft, merged[b]))
+            drafts, self.timing[drafter.name] = timed_draft(drafter, sequences, lengths, asked)
+            for into, draft in zip(merged, drafts, strict=True):
                 merge(into, draft)
         return merged
 
@@ -62,6 +66,17 @@ class Composed:
         """See Drafter."""
         for drafter in self.drafters:
             drafter.move(source, target, length)
+
+
+def timed_draft(
+    drafter: Drafter, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None
+) -> tuple[list[Draft], tuple[float, int]]:
+    """A drafter's drafts, and (seconds, steps) that they took: forwards where it counts them, else its longest draft."""
+    before, start = getattr(drafter, "calls", 0), time.perf_counter()
+    drafts = drafter.draft(sequences, lengths, worth)
+    seconds = time.perf_counter() - start
+    steps = getattr(drafter, "calls", 0) - before or max(map(len, drafts), default=0)
+    return drafts, (seconds, steps)
 
 
 def merge(into: Draft, draft: Draft) -> None:

@@ -24,7 +24,7 @@ from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.types import SequenceState
 
-LONGEST_AUTO = 8  # deepest draft that num_draft_tokens="auto" considers
+LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 _HANDLED_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _NOT_HONOURED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "token_healing")
 

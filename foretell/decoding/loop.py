@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretell.decoding.adaptive import AdaptiveLength, subset
+from foretell.decoding.compose import timed_draft
 from foretell.decoding.policies import LOSSY
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
@@ -146,11 +147,9 @@ class Decoder:
         if self.adaptive is None:
             return self.drafter.draft(self.active, [self.length] * len(self.active))
         lengths = self.adaptive.begin_round(len(self.active))
-        before, start = getattr(self.drafter, "calls", 0), time.perf_counter()
-        drafts = self._proposed = self.drafter.draft(self.active, lengths, self.adaptive.worth)
-        seconds = time.perf_counter() - start
-        self._drafting["mtp"] = (seconds, getattr(self.drafter, "calls", 0) - before)
-        return self.adaptive.prune(drafts, seconds)
+        self._proposed, spent = timed_draft(self.drafter, self.active, lengths, self.adaptive.worth)
+        self._drafting = dict(getattr(self.drafter, "timing", {self.drafter.name: spent}))
+        return self.adaptive.prune(self._proposed, spent[0])
 
     def _verdicts(self, active: list[SequenceState], drafts: list[Draft], logits_BRV: Tensor) -> list[Verdict]:
         if self.scores.plain and self.policy == "lossless":

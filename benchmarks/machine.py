@@ -127,7 +127,7 @@ def continuous(mtp: MTPModel, prompts: list[list[int]], settings: MachineSetting
 
 
 def failing_text(mtp: MTPModel, settings: MachineSettings) -> dict[str, Any]:
-    """Random prompts and sampling at a high temperature: nothing can be drafted. auto against off, same seed of prompts."""
+    """Random prompts, sampling at a high temperature: nothing can be drafted. auto against off, the same prompt."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, mtp.target.vocab_size - 10, (1, 64), generator=generator).to(mtp.device)
     common = {"max_new_tokens": 2 * settings.new_tokens, "do_sample": True, "temperature": 3.0, "eos_token_id": None}

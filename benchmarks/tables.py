@@ -25,13 +25,15 @@ def demo_table(result: dict) -> str:
         )
     where = result["provenance"]
     equal = result["equality"]
+    training, repeats, seconds = result["training"], len(result["ways"][0]["repeats"]), result["seconds"]
     lines += [
         "",
-        f"{result['model']}, fp32, {where['cores']} cores of {where['cpu']}, batch 1, greedy, {equal['prompts']} held-out "
-        f"prompts, interleaved, medians of {len(result['ways'][0]['repeats'])} repeats; {equal['equal']} of {equal['runs']} "
-        f"runs gave exactly the tokens of transformers' generate. Module trained for {result['training']['seconds']:.0f} s "
-        f"({result['training']['answer_tokens_per_second']:.0f} answer tokens/s), {result['seconds']['total'] / 60:.1f} "
-        f"minutes in all, {where['time'][:10]}, commit {str(where['commit'])[:10]}.",
+        f"{result['model']}, fp32, {where['cores']} cores of {where['cpu']}, batch 1, greedy,",
+        f"{equal['prompts']} held-out prompts, interleaved, medians of {repeats} repeats.",
+        f"{equal['equal']} of {equal['runs']} runs gave exactly the tokens of transformers' generate.",
+        f"The module trained for {training['seconds']:.0f} s",
+        f"at {training['answer_tokens_per_second']:.0f} answer tokens/s; {seconds['total'] / 60:.1f} minutes in all.",
+        f"{where['time'][:10]}, commit {str(where['commit'])[:10]}.",
     ]
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ class CostCurve:
         return self.seconds[-1] * rows / self.rows[-1]
 
     def cheapest_row(self, rows: int, step: int = 1) -> float:
-        """Seconds of `step` more rows after `rows`, at the best average over what may follow: past a jump rows are cheap."""
+        """Seconds of `step` more rows after `rows`, averaged over what may follow: past a jump rows are cheap."""
         here = self(rows)
         return min((self(rows + n * step) - here) / n for n in (1, 2, 4, 7))
 

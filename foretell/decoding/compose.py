@@ -28,7 +28,8 @@ class Composed:
     @property
     def generator(self) -> torch.Generator | None:
         """Seeds those that sample."""
-        return next((d.generator for d in self.drafters if getattr(d, "generator", None) is not None), None)
+        found = [getattr(drafter, "generator", None) for drafter in self.drafters]
+        return next((generator for generator in found if generator is not None), None)
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
@@ -71,7 +72,7 @@ class Composed:
 def timed_draft(
     drafter: Drafter, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None
 ) -> tuple[list[Draft], tuple[float, int]]:
-    """A drafter's drafts, and (seconds, steps) that they took: forwards where it counts them, else its longest draft."""
+    """A drafter's drafts, and (seconds, steps) they took: forwards where it counts them, else its longest draft."""
     before, start = getattr(drafter, "calls", 0), time.perf_counter()
     drafts = drafter.draft(sequences, lengths, worth)
     seconds = time.perf_counter() - start

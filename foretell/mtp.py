@@ -232,6 +232,7 @@ class MTPModel(nn.Module):
     def drafter(self, sample: bool = False) -> Drafter:
         """A drafter over the module's and the output head's current weights, kept until they change."""
         version, key = weights_version(self.module) + weights_version(self.target.head), ("mtp", sample)
+        version += tuple(buffer._version for buffer in self.module.buffers())  # the draft vocabulary among them
         if key not in self._drafters or self._drafters[key][0] != version:
             self.target.refresh()  # the drafter borrows its packed head
             self._drafters[key] = (version, self.module.drafter(self.target, sample))

@@ -99,7 +99,7 @@ def test_stops_where_all_drafts_fail(curve, confidence):
     assert len(drafted) == NEW and sum(stats.accepted[0]) == 0
     assert seconds(stats, curve) < 1.05 * NEW * curve(1)
     # what is drafted and thrown away costs too; where a row costs next to nothing, trying is right for a while
-    assert sum(drafted) <= drafter.proposed < (30 if curve is STEEP else 3 * NEW)
+    assert sum(drafted) <= drafter.proposed < (30 if curve is STEEP else 2 * NEW)
     # it goes on looking, now and then
     assert drafter.proposed > drafter.proposed_at[NEW // 2]
 

@@ -150,8 +150,14 @@ def test_follows_the_target(drafter):
 
 @pytest.mark.parametrize(
     ("warper", "drafter"),
-    [(warper, drafter) for warper in WARPERS if warper != "plain" for drafter in ("greedy+lookup", "probabilistic")]
-    + [("all", "far siblings")],
+    [
+        ("temperature", "probabilistic"),
+        ("top_k", "greedy+lookup"),
+        ("top_p", "probabilistic"),
+        ("min_p", "greedy+lookup"),
+        ("all", "probabilistic+lookup"),
+        ("all", "far siblings"),
+    ],
 )
 def test_follows_the_target_through_warpers(warper, drafter):
     seen, _ = sample(warper, 2, texts=600, **DRAFTERS[drafter]())

@@ -45,7 +45,7 @@ class CostCurve:
     def cheapest_row(self, rows: int, step: int = 1) -> float:
         """Seconds of `step` more rows after `rows`, averaged over what may follow: past a jump rows are cheap."""
         here = self(rows)
-        return min((self(rows + n * step) - here) / n for n in (1, 2, 4, 7))
+        return min((self(rows + n * step) - here) / n for n in (1, 2, 4))
 
     @classmethod
     def measure(cls, target: Target, context: int = 128, repeats: int = 5) -> CostCurve:
@@ -69,7 +69,7 @@ class CostCurve:
 class AdaptiveLength:
     """Decides, round by round, what is drafted and what is verified. One object serves one decoding call."""
 
-    PRIOR = 8.0  # verifications that a drafter's own confidence counts for
+    PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
 

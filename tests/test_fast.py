@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
 
+from foretell.models import fast
 from foretell.models.attention import RowMasks, foretell_attention
-from foretell.models.fast import FusedRMSNorm, PackedLinear, _fused_norm, fast_view, weights_version
+from foretell.models.fast import FusedLayer, FusedRMSNorm, PackedLinear, _fused_norm, fast_view, weights_version
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 from foretell.ops.tree import brute_force_visible, chain
@@ -159,7 +160,9 @@ def test_the_fast_tree_says_what_the_model_says(name):
         assert float((target.logits(rows.post_norm_BRD) - wanted).abs().max()) < 1e-4
         assert float((target.norm(rows.pre_norm_BRD) - rows.post_norm_BRD).abs().max()) < 1e-5
     kinds = [type(module) for module in target.view().modules()]
-    assert PackedLinear in kinds or not torch.backends.mkldnn.is_available()
+    if torch.backends.mkldnn.is_available():
+        assert PackedLinear in kinds
+        assert (FusedLayer in kinds) == (name in ("llama", "qwen2", "qwen3", "mistral"))
     assert (FusedRMSNorm in kinds) == (name != "gpt_neox")
 
 
@@ -172,24 +175,67 @@ def test_parameters_are_shared(name):
     assert {p.data_ptr() for p in view.parameters()} <= own
     assert all(p.requires_grad for p in model.parameters())
     # the model itself is as it was
-    assert not any(isinstance(m, PackedLinear | FusedRMSNorm) for m in model.modules())
+    assert not any(isinstance(m, PackedLinear | FusedRMSNorm | FusedLayer) for m in model.modules())
     assert type(model.config)._attn_implementation is not None and model.config._attn_implementation != "foretell"
     Target(model).view()
     assert model.config._attn_implementation != "foretell"
     assert not any("foretell_masks" in m.__dict__ for m in model.modules())
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 33])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("bias", [(False,), (True,), (True, False), (False, False, False)])
 def test_packed_linear(rows, bias):
     torch.manual_seed(0)
-    linear = nn.Linear(24, 10, bias=bias)
-    packed = PackedLinear(linear)
-    assert packed.weight is linear.weight and packed.bias is linear.bias
+    linears = [nn.Linear(24, 10 + i, bias=has) for i, has in enumerate(bias)]
+    packed = PackedLinear.of(*linears)
     with torch.no_grad():
         for shape in ((rows, 24), (1, rows, 24)):
             x = torch.randn(shape)
-            torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
+            wanted = torch.cat([linear(x) for linear in linears], dim=-1)
+            torch.testing.assert_close(packed(x), wanted, atol=1e-5, rtol=1e-5)
+            residual = torch.randn(wanted.shape)
+            torch.testing.assert_close(packed.plus(x, residual), residual + wanted, atol=1e-5, rtol=1e-5)
+
+
+def random_layer(name: str = "qwen3") -> nn.Module:
+    layer = tiny_model(name).model.layers[0]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+    return layer
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_layer_is_fused_only_where_the_numbers_agree(name, monkeypatch):
+    def fused() -> FusedLayer | None:
+        return fast._fused_layer(random_layer(name), fast.Rotation())
+
+    assert fused() is not None
+    plus, turn = PackedLinear.plus, fast.Rotation.of
+    wrong = {
+        "a residual left out": (PackedLinear, "plus", lambda self, x, residual: self(x)),
+        "a factor of two": (PackedLinear, "plus", lambda self, x, residual: 2 * plus(self, x, residual)),
+        "turned the other way": (fast.Rotation, "of", lambda self, cos, sin: turn(self, cos, -sin)),
+        "not turned": (fast.Rotation, "of", lambda self, cos, sin: torch.ones_like(turn(self, cos, sin))),
+        "zeros": (PackedLinear, "forward", lambda self, x: x.new_zeros(*x.shape[:-1], self.out_features)),
+    }
+    for where, attribute, instead in wrong.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(where, attribute, instead)
+            assert fused() is None
+    assert fused() is not None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+def test_other_layers_are_left_alone():
+    hooked = random_layer("llama")
+    hooked.register_forward_hook(lambda *_: None)
+    adapted = random_layer("llama")
+    adapted.self_attn.q_proj = nn.Sequential(adapted.self_attn.q_proj)  # as an adapter would stand there
+    adapted.self_attn.q_proj.out_features = 32
+    for layer in (hooked, adapted, random_layer("gemma2"), random_layer("llama").half()):
+        assert fast._fused_layer(layer, fast.Rotation()) is None
 
 
 def test_a_norm_is_fused_only_where_the_numbers_agree():
@@ -252,8 +298,6 @@ def test_release_forgets_the_tree():
 
 
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):
-    from foretell.models import fast
-
     monkeypatch.setattr(fast, "_PACKED_LIMIT", 0.0)
     memory = types.SimpleNamespace(virtual_memory=lambda: types.SimpleNamespace(available=2**40))
     monkeypatch.setitem(__import__("sys").modules, "psutil", memory)

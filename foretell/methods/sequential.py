@@ -331,7 +331,9 @@ class SequentialDrafter:
             if max(counts[part]):
                 logits.append(self._forward(sequences[part], drafts[part], k, counts[part]))
             else:  # asks for nothing: any numbers will do
-                logits.append(self._head.weight.new_zeros(len(counts[part]), len(self._head.weight)))
+                ids = self.module.draft_vocab_ids
+                M = self.target.vocab_size if ids is None else len(ids)
+                logits.append(self._states[0].new_zeros(len(counts[part]), M))
         return torch.cat(logits)
 
     def _alike(self, sequences: Sequence[SequenceState], counts: list[int]) -> list[slice]:

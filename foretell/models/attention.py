@@ -55,10 +55,18 @@ class RowMasks:
             if hasattr(part, "layer_idx"):
                 part.__dict__["foretell_masks"] = self
 
-    def get(self, window: int | None, groups: int) -> Tensor | None:
-        """Additive-ready boolean mask [B, 1, G * R, L], or None where nothing is hidden."""
+    def get(self, window: int | None, groups: int, additive: torch.dtype | None = None) -> Tensor | None:
+        """Mask [B, 1, G * R, L], or None where nothing is hidden: True where a row sees, or, in the dtype `additive`,
+        0 there and -inf elsewhere (what SDPA would make of it in every layer).
+        """
         if self.full and (window is None or self.visible <= window):
             return None
+        if additive is not None:
+            if (window, groups, additive) not in self._made:
+                seen = self.get(window, groups)
+                hidden = torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, -torch.inf)
+                self._made[window, groups, additive] = hidden
+            return self._made[window, groups, additive]
         key = (window, groups)
         if key not in self._made:
             if self.document_BT is not None:
@@ -92,7 +100,8 @@ def foretell_attention(
         masks = getattr(module, "foretell_masks", None)
         if masks is None:
             raise RuntimeError("attention 'foretell' needs a mask: run rows through Target, not the model itself.")
-        mask = masks.get(sliding_window, G)
+        plain = softcap is None and s_aux is None
+        mask = masks.get(sliding_window, G, query.dtype if plain else None)
     else:
         mask = attention_mask if G == 1 else attention_mask.repeat(1, 1, G, 1)
     packed = query.reshape(B, H, G * R, E)

@@ -1,39 +1,87 @@
-"""A second module tree over the same weights, for decoding without gradient: prepacked linears and fused norms.
+"""A second module tree over the same weights, for decoding without gradient on a CPU: packed linears, fused norms, and
+whole decoder layers of the plain kind in a third of their operations.
 
 PyTorch's fp32 `F.linear` on a CPU doubles in cost from three rows to four; weights packed for oneDNN stay nearly flat
-up
-to about sixteen. Norms written as six small operations become one. Nothing of a modelling file is copied: modules are
-swapped by type, and a norm only after its formula was checked on numbers.
+up to about sixteen, and a transposed copy reads fastest for a single row. Nothing of a modelling file is copied:
+modules are swapped by type, norms and layers only after their formula was checked on numbers.
 """
+
+# B sequences, R rows of a step, Hq query heads, H key-value heads, E width of a head, D hidden width.
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PACKED_FROM_ROWS = 4  # below this F.linear's vector kernels win
-_PACKED_LIMIT = 0.4  # of free memory: packing doubles the weights, so a large model on a small machine goes without
+from foretell.models.attention import RowMasks, foretell_attention
+
+PACKED_FROM_ROWS = 4  # below this the matrix product's vector kernels win
+_COPIES = 2  # that a packed linear keeps of its weight
+_PACKED_LIMIT = 0.4  # of free memory: a large model on a small machine goes without
+# pre-norm layers of attention and gated MLP with nothing between: what FusedLayer computes; where each keeps its window
+_PLAIN_LAYERS: dict[str, Callable[[Any], int | None]] = {
+    "LlamaDecoderLayer": lambda attention: None,
+    "MistralDecoderLayer": lambda attention: getattr(attention.config, "sliding_window", None),
+    "Qwen2DecoderLayer": lambda attention: attention.sliding_window,
+    "Qwen3DecoderLayer": lambda attention: attention.sliding_window,
+}
 
 
 class PackedLinear(nn.Module):
-    """A Linear that shares its weight and keeps a oneDNN-packed copy for four rows and more."""
+    """One or several linears of the same input side by side: [..., in] -> [..., out of all].
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Keeps two copies of the weights: transposed for one row, packed for oneDNN for four rows and more.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features = linear.in_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
+        self.weights = [weight.detach() for weight in weights]  # [out, in] each
+        self.weight = self.weights[0]  # for modelling code that asks a linear for its dtype or device
+        self.in_features = self.weight.shape[1]
+        self.out_features = sum(len(weight) for weight in weights)
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            each = [w.new_zeros(len(w)) if b is None else b for b, w in zip(biases, self.weights, strict=True)]
+            self.bias = torch.cat(each).detach()
+        together = torch.cat(self.weights)
+        self.transposed = together.t().contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(together, 16)
+
+    @classmethod
+    def of(cls, *linears: nn.Linear) -> PackedLinear:
+        """The linears as they are."""
+        return cls([linear.weight for linear in linears], [linear.bias for linear in linears])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if x.numel() < PACKED_FROM_ROWS * self.in_features:
-            if self.bias is None:  # straight to the matrix product: F.linear's detours cost as much as a small layer
-                return torch.mm(x.reshape(-1, self.in_features), self.weight.t()).view(*x.shape[:-1], -1)
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        rows = x.numel() // self.in_features
+        if rows >= PACKED_FROM_ROWS:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        x_ND = x.reshape(rows, self.in_features)
+        if rows == 1:
+            out = torch.mm(x_ND, self.transposed)
+        else:
+            out, at = x.new_empty(rows, self.out_features), 0
+            for weight in self.weights:
+                torch.mm(x_ND, weight.t(), out=out[:, at : at + len(weight)])
+                at += len(weight)
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + forward(x), in one operation where that helps."""
+        rows = x.numel() // self.in_features
+        if rows >= PACKED_FROM_ROWS:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+        if rows == 1 and self.bias is None:
+            return torch.addmm(residual.view(1, -1), x.view(1, -1), self.transposed).view(residual.shape)
+        return residual + self(x)
 
 
 class FusedRMSNorm(nn.Module):
@@ -80,13 +128,123 @@ def _fused_norm(norm: nn.Module) -> nn.Module | None:
 def _can_pack(module: nn.Module) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    size = sum(m.weight.numel() * 4 for m in module.modules() if type(m) is nn.Linear)
+    size = _COPIES * sum(m.weight.numel() * 4 for m in module.modules() if type(m) is nn.Linear)
     try:
         import psutil
 
         return size < _PACKED_LIMIT * psutil.virtual_memory().available
     except ImportError:
         return size < 2**31
+
+
+class Rotation:
+    """cos + i sin of the step's positions, made once a step from what transformers hands to every layer."""
+
+    def __init__(self) -> None:
+        self._cos: Tensor | None = None
+
+    def of(self, cos_BRE: Tensor, sin_BRE: Tensor) -> Tensor:
+        """[B, R, 1, E / 2]: both halves of cos and sin are the same."""
+        if self._cos is not cos_BRE:
+            half = cos_BRE.shape[-1] // 2
+            self._cos = cos_BRE
+            self._turn = torch.complex(cos_BRE[..., :half].contiguous(), sin_BRE[..., :half].contiguous())[:, :, None]
+        return self._turn
+
+
+class FusedLayer(nn.Module):
+    """A plain decoder layer in about twenty operations: queries, keys and values from one product, as gate and up.
+
+    The two halves of a query and a key that are turned together lie side by side here (an order of the rows of our
+    copies of the weights, which no product of a query with a key can see), so that turning is one complex product.
+    Its slow twin is the layer it stands for: `_fused_layer` compares them before it is used, the tests again.
+    """
+
+    def __init__(self, layer: nn.Module, rotation: Rotation) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.rotation = rotation
+        self.input_norm, self.mlp_norm = _fused_norm(layer.input_layernorm), _fused_norm(layer.post_attention_layernorm)
+        self.E = E = attention.head_dim
+        order_E = torch.arange(E).view(2, E // 2).t().reshape(-1)
+        self.q_norm, self.k_norm = (_norm_in_order(getattr(attention, n, None), order_E) for n in ("q_norm", "k_norm"))
+        self.has_qk_norm = self.q_norm is not None
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        self.Hq, self.H = q.out_features // E, k.out_features // E
+        order_N = (torch.arange(self.Hq + self.H)[:, None] * E + order_E).reshape(-1)
+        qk = torch.cat([q.weight.detach(), k.weight.detach()])[order_N]
+        qk_bias = None if q.bias is None else torch.cat([q.bias.detach(), k.bias.detach()])[order_N]
+        self.qkv = PackedLinear([qk, v.weight], [qk_bias, v.bias])
+        self.o = PackedLinear.of(attention.o_proj)
+        self.gate_up, self.down = PackedLinear.of(mlp.gate_proj, mlp.up_proj), PackedLinear.of(mlp.down_proj)
+        self.act = mlp.act_fn
+        self.place = nn.Module()  # what the attention function asks its module for; the masks are hung on it
+        self.place.layer_idx = self.layer = attention.layer_idx
+        self.scaling, self.window = attention.scaling, _PLAIN_LAYERS[type(layer).__name__](attention)
+        # straight to the functions: at one row, calling through nn.Module costs as much as a small operation
+        self._input_norm, self._mlp_norm = self.input_norm.forward, self.mlp_norm.forward
+        self._qkv, self._o = self.qkv.forward, self.o.plus
+        self._gate_up, self._down, self._act = self.gate_up.forward, self.down.plus, mlp.act_fn.forward
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """[B, R, D] -> [B, R, D], as transformers' layers are called."""
+        B, R, _ = hidden_states.shape
+        H, Hq, E = self.H, self.Hq, self.E
+        qkv = self._qkv(self._input_norm(hidden_states)).view(B, R, Hq + 2 * H, E)
+        if self.has_qk_norm:
+            qkv[:, :, :Hq] = self.q_norm(qkv[:, :, :Hq])
+            qkv[:, :, Hq : Hq + H] = self.k_norm(qkv[:, :, Hq : Hq + H])
+        pairs = torch.view_as_complex(qkv[:, :, : Hq + H].view(B, R, Hq + H, E // 2, 2))
+        pairs.mul_(self.rotation.of(*position_embeddings))
+        query = qkv[:, :, :Hq].transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.extend(qkv[:, :, Hq:], self.layer)
+        else:
+            key, value = (part.transpose(1, 2) for part in qkv[:, :, Hq:].chunk(2, dim=2))
+        out, _ = foretell_attention(
+            self.place, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.window
+        )
+        hidden = self._o(out.reshape(B, R, Hq * E), hidden_states)
+        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
+        return self._down(self._act(gate).mul_(up), hidden)
+
+
+def _norm_in_order(norm: nn.Module | None, order_E: Tensor) -> nn.Module | None:
+    fused = None if norm is None else _fused_norm(norm)
+    return None if fused is None else FusedRMSNorm(fused.weight[order_E], fused.eps)
+
+
+def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
+    """The fused twin of a plain layer, or None: another kind, adapters, hooks, or other numbers."""
+    if type(layer).__name__ not in _PLAIN_LAYERS or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
+    linears += [getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+    if not all(type(m) is nn.Linear and m.weight.dtype == torch.float32 for m in linears):
+        return None
+    norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    if any(_fused_norm(norm) is None for norm in (layer.input_layernorm, layer.post_attention_layernorm, *norms)):
+        return None
+    fused = FusedLayer(layer, rotation)
+    masks = RowMasks()
+    masks.begin_text(torch.zeros(1, 5, dtype=torch.long))
+    attention.__dict__["foretell_masks"] = fused.place.__dict__["foretell_masks"] = masks
+    probe_BRD = torch.linspace(-2, 3, 5 * linears[0].in_features).sin().view(1, 5, -1)
+    angle_BRE = torch.arange(5.0)[None, :, None] * torch.linspace(0.1, 1, fused.E // 2).repeat(2)
+    call = {"position_embeddings": (angle_BRE.cos(), angle_BRE.sin()), "position_ids": torch.arange(5)[None]}
+    with torch.no_grad():
+        wanted, got = layer(probe_BRD, attention_mask=None, **call), fused(probe_BRD, **call)
+    return fused if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())) else None
 
 
 def fast_view(module: nn.Module) -> nn.Module:
@@ -96,15 +254,23 @@ def fast_view(module: nn.Module) -> nn.Module:
     """
     shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     view = copy.deepcopy(module, shared).eval()
-    pack = _can_pack(module)
-    for parent in list(view.modules()):
-        for name, child in list(parent.named_children()):
-            weight = getattr(child, "weight", None)
-            if pack and type(child) is nn.Linear and weight.dtype == torch.float32 and weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child))
-            elif (fused := _fused_norm(child)) is not None:
-                setattr(parent, name, fused)
+    on_cpu = all(p.device.type == "cpu" for p in module.parameters())
+    pack = on_cpu and _can_pack(module)
+    _swap(view, Rotation() if pack else None)
     return view
+
+
+def _swap(parent: nn.Module, rotation: Rotation | None) -> None:
+    for name, child in list(parent.named_children()):
+        fast: nn.Module | None = None if rotation is None else _fused_layer(child, rotation)
+        if fast is None and rotation is not None and type(child) is nn.Linear and child.weight.dtype == torch.float32:
+            fast = PackedLinear.of(child)
+        if fast is None:
+            fast = _fused_norm(child)
+        if fast is None:
+            _swap(child, rotation)
+        else:
+            setattr(parent, name, fast)
 
 
 def weights_version(module: nn.Module) -> tuple[int, ...]:

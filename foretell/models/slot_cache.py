@@ -7,7 +7,7 @@ cache.
 """
 
 # S slots, C capacity of a slot in tokens, R rows of this step, L = visible columns, H key-value heads, E width of a
-# head.
+# head, P heads of keys and values together.
 
 from __future__ import annotations
 
@@ -53,19 +53,32 @@ class SlotCache(Cache):
         """Write this step's rows [B, H, R, E]; return views [B, H, L, E] of everything visible."""
         storage = self._storage.get(layer_idx)
         if storage is None:
-            storage = self._storage[layer_idx] = [self._allocate(key_states), self._allocate(value_states)]
-        first, count, visible = self._view
-        out = []
-        for flat, new in zip(storage, (key_states, value_states), strict=True):
-            heads, width = flat.shape[1:]
-            flat.index_copy_(0, self._write_N, new.transpose(1, 2).reshape(-1, heads, width))
-            grid = flat[:-1].view(self.slots, self.capacity, heads, width)
-            out.append(grid[first : first + count, :visible].transpose(1, 2))
-        return out[0], out[1]
+            storage = [self._allocate(s.shape[1], s.shape[3], s) for s in (key_states, value_states)]
+            self._storage[layer_idx] = storage
+        key, value = (
+            self._write(flat, new.transpose(1, 2)).transpose(1, 2)
+            for flat, new in zip(storage, (key_states, value_states), strict=True)
+        )
+        return key, value
 
-    def _allocate(self, like_BHRE: Tensor) -> Tensor:
+    def extend(self, pair_BRPE: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """`update` for keys and values that lie side by side, P = 2 H, and are stored so."""
+        storage = self._storage.get(layer_idx)
+        if storage is None:
+            storage = self._storage[layer_idx] = [self._allocate(*pair_BRPE.shape[2:], pair_BRPE)]
+        key, value = self._write(storage[0], pair_BRPE).transpose(1, 2).chunk(2, dim=1)
+        return key, value
+
+    def _write(self, flat: Tensor, rows_BRHE: Tensor) -> Tensor:
+        heads, width = flat.shape[1:]
+        first, count, visible = self._view
+        flat.index_copy_(0, self._write_N, rows_BRHE.reshape(-1, heads, width))
+        grid = flat[:-1].view(self.slots, self.capacity, heads, width)
+        return grid[first : first + count, :visible]
+
+    def _allocate(self, heads: int, width: int, like: Tensor) -> Tensor:
         # zeros, not empty: a masked column must hold a finite number, since 0 * NaN is NaN
-        return like_BHRE.new_zeros(self.slots * self.capacity + 1, like_BHRE.shape[1], like_BHRE.shape[3])
+        return like.new_zeros(self.slots * self.capacity + 1, heads, width)
 
     def keep(self, slots: list[int], lengths: list[int], paths: list[list[int]]) -> None:
         """Compact accepted rows: row paths[b][i] of the last step moves to column lengths[b] + i. A chain moves
@@ -77,15 +90,15 @@ class SlotCache(Cache):
                     source.append(slot * self.capacity + length + row)
                     target.append(slot * self.capacity + length + i)
         if source:
-            for pair in self._storage.values():
-                for flat in pair:
+            for parts in self._storage.values():
+                for flat in parts:
                     at = torch.tensor([source, target], device=flat.device)
                     flat.index_copy_(0, at[1], flat.index_select(0, at[0]))
 
     def move(self, source: int, target: int, length: int) -> None:
         """The sequence in slot source now lives in slot target."""
-        for pair in self._storage.values():
-            for flat in pair:
+        for parts in self._storage.values():
+            for flat in parts:
                 grid = flat[:-1].view(self.slots, self.capacity, *flat.shape[1:])
                 grid[target, :length] = grid[source, :length]
 

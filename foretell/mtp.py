@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from foretell.checkpoint import check_target, load_tensors, read_config, save_module
 from foretell.data.collate import to_batch
-from foretell.decoding.adaptive import CostCurve
+from foretell.decoding.adaptive import AdaptiveLength, CostCurve
 from foretell.decoding.compose import Composed
 from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
 from foretell.decoding.lookup import PromptLookup
@@ -26,6 +26,8 @@ from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import next_labels
 from foretell.types import Drafter, LossSum
+
+LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 
 
 class MTPModel(nn.Module):
@@ -41,6 +43,7 @@ class MTPModel(nn.Module):
         self._decoder: Decoder | None = None
         self._drafters: dict[tuple[str, bool], tuple[tuple[int, ...], Drafter]] = {}
         self._curve: CostCurve | None = None
+        self._adaptive: dict[tuple[str, bool], AdaptiveLength] = {}
 
     @property
     def config(self) -> Any:
@@ -235,6 +238,8 @@ class MTPModel(nn.Module):
         version += tuple(buffer._version for buffer in self.module.buffers())  # the draft vocabulary among them
         if key not in self._drafters or self._drafters[key][0] != version:
             self.target.refresh()  # the drafter borrows its packed head
+            if key in self._drafters:
+                self._adaptive.clear()  # what was learned is about the old weights
             self._drafters[key] = (version, self.module.drafter(self.target, sample))
         return self._drafters[key][1]
 
@@ -243,6 +248,15 @@ class MTPModel(nn.Module):
         if self._curve is None:
             self._curve = CostCurve.measure(self.target)
         return self._curve
+
+    def adaptive(self, drafter: Any, do_sample: bool) -> AdaptiveLength:
+        """Who decides draft lengths for num_draft_tokens="auto"; drafters given by name are remembered between calls."""
+        if not isinstance(drafter, str):
+            return AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
+        key = (drafter, do_sample)
+        if key not in self._adaptive:
+            self._adaptive[key] = AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
+        return self._adaptive[key]
 
     def decoder(self, drafter: Drafter | None) -> Decoder:
         """The decoder, its caches kept between calls."""
@@ -327,8 +341,10 @@ def custom_generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
+        chosen = None if length == 0 else _drafter_of(mtp, drafter, sample)
+        adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample)) if length == "auto" else None
         return generate_rows(
-            mtp.decoder(None if length == 0 else _drafter_of(mtp, drafter, sample)),
+            mtp.decoder(chosen),
             input_ids.to(mtp.device),
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -339,7 +355,7 @@ def custom_generate(
             streamer=streamer if streamer is not None else callers_streamer(),
             synced_gpus=synced_gpus,
             slots=slots,
-            cost_curve=mtp.cost_curve() if length == "auto" else None,
+            adaptive=adaptive,
             **model_kwargs,
         )
 

@@ -67,7 +67,9 @@ class CostCurve:
 
 
 class AdaptiveLength:
-    """Decides, round by round, what is drafted and what is verified. One object serves one decoding call."""
+    """Decides, round by round, what is drafted and what is verified. What it learns outlives a decoding call: the
+    next text starts with the acceptance rates of the last ones, `begin` forgets only what is this text's alone.
+    """
 
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
@@ -78,12 +80,15 @@ class AdaptiveLength:
         self._table: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._depth: dict[tuple[str, int], list[float]] = {}
         self._step_seconds: dict[str, float] = defaultdict(float)
-        self._wait: dict[str, int] = defaultdict(lambda: 1)
-        self._sit_out: dict[str, int] = defaultdict(int)
-        self._rate = 0.0
-        self._batch = 1
         self._probing: set[str] = set()
         self._starts: dict[str, bool] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A new decoding call: nobody sits out, and the rate of tokens is not known yet."""
+        self._wait: dict[str, int] = defaultdict(lambda: 1)
+        self._sit_out: dict[str, int] = defaultdict(int)
+        self._rate, self._batch = 0.0, 1
 
     def begin_round(self, batch: int) -> list[int]:
         """Longest drafts to ask for, and a new decision on who sits out."""

@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers.generation import stopping_criteria as sc
 from transformers.utils import ModelOutput
 
-from foretell.decoding.adaptive import AdaptiveLength, CostCurve
+from foretell.decoding.adaptive import AdaptiveLength
 from foretell.decoding.loop import Decoder
 from foretell.decoding.policies import check_policy
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.types import SequenceState
 
-LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 _HANDLED_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _NOT_HONOURED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "token_healing")
 
@@ -103,7 +102,7 @@ def generate_rows(
     streamer: Any = None,
     synced_gpus: bool = False,
     slots: int = 64,
-    cost_curve: CostCurve | None = None,
+    adaptive: AdaptiveLength | None = None,
     **model_kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
     """The function behind `custom_generate`, once the decoder is bound. See MTPModel.generate."""
@@ -135,8 +134,9 @@ def generate_rows(
     if isinstance(num_draft_tokens, int):
         length = num_draft_tokens
     else:
-        assert cost_curve is not None, "'auto' needs the cost curve"
-        length = AdaptiveLength(cost_curve, LONGEST_AUTO)
+        assert adaptive is not None, "'auto' needs the one who adapts"
+        adaptive.begin()
+        length = adaptive
     stats = decoder.run(
         sequences,
         RowScores(logits_processor, bool(generation_config.do_sample)),

@@ -137,6 +137,28 @@ def _can_pack(module: nn.Module) -> bool:
         return size < 2**31
 
 
+class NormedLinear(nn.Module):
+    """linear(norm(x)). For one row the norm is one number: its gain is multiplied into the linear's transposed copy,
+    which from then on only this class may use.
+    """
+
+    def __init__(self, norm: FusedRMSNorm, linear: PackedLinear) -> None:
+        super().__init__()
+        self.norm, self.linear = norm, linear
+        self.in_features, self.eps = linear.in_features, norm.eps
+        self.gained = linear.transposed.mul_(norm.weight.detach()[:, None])
+        self.bias = self.gained.new_zeros(1) if linear.bias is None else linear.bias
+        self._norm, self._linear = norm.forward, linear.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if x.numel() != self.in_features:
+            return self._linear(self._norm(x))
+        x_D = x.reshape(-1)
+        scale = (float(torch.dot(x_D, x_D)) / self.in_features + self.eps) ** -0.5
+        return torch.addmm(self.bias, x_D[None], self.gained, alpha=scale).view(*x.shape[:-1], -1)
+
+
 class Rotation:
     """cos + i sin of the step's positions, made once a step from what transformers hands to every layer."""
 
@@ -164,7 +186,7 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.rotation = rotation
-        self.input_norm, self.mlp_norm = _fused_norm(layer.input_layernorm), _fused_norm(layer.post_attention_layernorm)
+        norms = _fused_norm(layer.input_layernorm), _fused_norm(layer.post_attention_layernorm)
         self.E = E = attention.head_dim
         order_E = torch.arange(E).view(2, E // 2).t().reshape(-1)
         self.q_norm, self.k_norm = (_norm_in_order(getattr(attention, n, None), order_E) for n in ("q_norm", "k_norm"))
@@ -174,15 +196,14 @@ class FusedLayer(nn.Module):
         order_N = (torch.arange(self.Hq + self.H)[:, None] * E + order_E).reshape(-1)
         qk = torch.cat([q.weight.detach(), k.weight.detach()])[order_N]
         qk_bias = None if q.bias is None else torch.cat([q.bias.detach(), k.bias.detach()])[order_N]
-        self.qkv = PackedLinear([qk, v.weight], [qk_bias, v.bias])
+        self.qkv = NormedLinear(norms[0], PackedLinear([qk, v.weight], [qk_bias, v.bias]))
         self.o = PackedLinear.of(attention.o_proj)
-        self.gate_up, self.down = PackedLinear.of(mlp.gate_proj, mlp.up_proj), PackedLinear.of(mlp.down_proj)
-        self.act = mlp.act_fn
+        self.gate_up = NormedLinear(norms[1], PackedLinear.of(mlp.gate_proj, mlp.up_proj))
+        self.down, self.act = PackedLinear.of(mlp.down_proj), mlp.act_fn
         self.place = nn.Module()  # what the attention function asks its module for; the masks are hung on it
         self.place.layer_idx = self.layer = attention.layer_idx
         self.scaling, self.window = attention.scaling, _PLAIN_LAYERS[type(layer).__name__](attention)
         # straight to the functions: at one row, calling through nn.Module costs as much as a small operation
-        self._input_norm, self._mlp_norm = self.input_norm.forward, self.mlp_norm.forward
         self._qkv, self._o = self.qkv.forward, self.o.plus
         self._gate_up, self._down, self._act = self.gate_up.forward, self.down.plus, mlp.act_fn.forward
 
@@ -199,7 +220,7 @@ class FusedLayer(nn.Module):
         """[B, R, D] -> [B, R, D], as transformers' layers are called."""
         B, R, _ = hidden_states.shape
         H, Hq, E = self.H, self.Hq, self.E
-        qkv = self._qkv(self._input_norm(hidden_states)).view(B, R, Hq + 2 * H, E)
+        qkv = self._qkv(hidden_states).view(B, R, Hq + 2 * H, E)
         if self.has_qk_norm:
             qkv[:, :, :Hq] = self.q_norm(qkv[:, :, :Hq])
             qkv[:, :, Hq : Hq + H] = self.k_norm(qkv[:, :, Hq : Hq + H])
@@ -214,7 +235,7 @@ class FusedLayer(nn.Module):
             self.place, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.window
         )
         hidden = self._o(out.reshape(B, R, Hq * E), hidden_states)
-        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
+        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
         return self._down(self._act(gate).mul_(up), hidden)
 
 

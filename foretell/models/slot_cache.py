@@ -65,7 +65,8 @@ class SlotCache(Cache):
         """`update` for keys and values that lie side by side, P = 2 H, and are stored so."""
         storage = self._storage.get(layer_idx)
         if storage is None:
-            storage = self._storage[layer_idx] = [self._allocate(*pair_BRPE.shape[2:], pair_BRPE)]
+            heads, width = pair_BRPE.shape[2:]
+            storage = self._storage[layer_idx] = [self._allocate(heads, width, pair_BRPE)]
         key, value = self._write(storage[0], pair_BRPE).transpose(1, 2).chunk(2, dim=1)
         return key, value
 

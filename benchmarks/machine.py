@@ -9,6 +9,7 @@ num_draft_tokens="auto" must not lose more than 5 %.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -147,6 +148,30 @@ def failing_text(mtp: MTPModel, settings: MachineSettings) -> dict[str, Any]:
     )
 
 
+LOSS_MEMORY = """
+import resource, sys, torch
+from foretell.ops.losses import linear_loss
+rows, width, vocabulary, fused = 4096, 576, 49152, sys.argv[1] == "fused"
+hidden_ND = torch.randn(rows, width, requires_grad=True)
+head_VD, labels_N = torch.randn(vocabulary, width) * 0.02, torch.randint(0, vocabulary, (rows,))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if fused:
+    linear_loss(hidden_ND, head_VD, labels_N=labels_N, kind="ce").total.backward()
+else:
+    torch.nn.functional.cross_entropy(hidden_ND @ head_VD.T, labels_N, reduction="sum").backward()
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def loss_memory() -> dict[str, Any]:
+    """Peak bytes of one loss with its gradient (4,096 rows, 49,152 tokens), each in a process of its own."""
+    found: dict[str, Any] = {}
+    for way in ("naive", "fused"):
+        command = [sys.executable, "-c", LOSS_MEMORY, way]
+        found[f"{way}_bytes"] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found | {"ratio": found["naive_bytes"] / found["fused_bytes"]}
+
+
 def training(
     model: Any, tokenizer: Any, prompts: list[list[int]], seconds: float, folder: Path
 ) -> tuple[MTPModel, dict]:
@@ -206,6 +231,11 @@ def main() -> None:
             "continuous: "
             + "  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found["continuous"].items())
         )
+    found["loss_memory"] = loss_memory()
+    print(
+        "loss, peak memory: "
+        + "  ".join(f"{n} {found['loss_memory'][f'{n}_bytes'] / 2**20:.0f} MiB" for n in ("naive", "fused"))
+    )
     if gpu:
         module_folder = folder / "module"
         mtp.save_pretrained(module_folder)

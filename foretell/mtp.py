@@ -250,7 +250,7 @@ class MTPModel(nn.Module):
         return self._curve
 
     def adaptive(self, drafter: Any, do_sample: bool) -> AdaptiveLength:
-        """Who decides draft lengths for num_draft_tokens="auto"; drafters given by name are remembered between calls."""
+        """Who decides lengths for num_draft_tokens="auto"; for drafters given by name, kept between calls."""
         if not isinstance(drafter, str):
             return AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
         key = (drafter, do_sample)

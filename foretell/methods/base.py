@@ -1,16 +1,25 @@
-"""What every method shares: the settings' base class, the registry, and how settings are found by name."""
+"""What every method shares: the settings' and the modules' base classes, the registry, and settings found by name."""
+
+# B sequences, T positions, K depths, N rows flattened, D hidden width, V vocabulary, M vocabulary of the drafts.
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 import yaml
+from torch import Tensor, nn
 
 from foretell.config import ConfigError, from_dict
-from foretell.models.target import Target
+from foretell.models.target import Target, TargetRows
+from foretell.ops.losses import linear_loss
+from foretell.ops.shift import future_labels
+from foretell.types import IGNORE_INDEX, Batch, LossSum
 
 METHODS = {
     "sequential": "foretell.methods.sequential:SequentialConfig",
@@ -31,6 +40,9 @@ class MTPConfig:
     hidden_source: Literal["post_norm", "pre_norm"] = field(
         default="post_norm", metadata={"help": "The target's states after or before its final norm."}
     )
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "Draft only the most frequent tokens; lossless all the same."}
+    )
 
     def build(self, target: Target) -> Any:
         """The method's nn.Module for a target, initialised."""
@@ -38,9 +50,12 @@ class MTPConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, in plain sentences."""
-        if isinstance(self.depth, int) and self.depth >= 1:
-            return []
-        return [f"depth: got {self.depth!r}, wanted an integer of at least 1."]
+        found = []
+        if not isinstance(self.depth, int) or self.depth < 1:
+            found.append(f"depth: got {self.depth!r}, wanted an integer of at least 1.")
+        if self.draft_vocab_size is not None and self.draft_vocab_size < 2:
+            found.append(f"draft_vocab_size: got {self.draft_vocab_size}, wanted at least 2 tokens, or none for all.")
+        return found
 
     def __post_init__(self) -> None:
         found = self.problems()
@@ -63,6 +78,140 @@ class MTPConfig:
                 raise ConfigError([f"method: got {name!r}, wanted one of {', '.join(METHODS)}."])
             return from_dict(config_class(name), values)
         return MTPConfig.from_any(load_preset(source)["module"])
+
+
+class MTPModule(nn.Module):
+    """What the modules of all methods share: labels, losses and logits of each depth from its states.
+
+    A method gives depth_states (what each depth's output head reads) and, if its heads are its own, unembedding.
+    """
+
+    draft_vocab_ids: Tensor | None
+
+    def __init__(self, config: MTPConfig, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        size = config.draft_vocab_size
+        if size is not None and size > target.vocab_size:
+            raise ValueError(f"draft_vocab_size: got {size}, wanted at most the model's {target.vocab_size}.")
+        # until set_draft_vocabulary: the lowest ids, often bytes and short words
+        self.register_buffer("draft_vocab_ids", None if size is None else torch.arange(size, device=target.device))
+
+    def set_draft_vocabulary(self, ids_M: Tensor) -> None:
+        """Which tokens are drafted: sorted ids, as many as draft_vocab_size says."""
+        if self.draft_vocab_ids is None or ids_M.shape != self.draft_vocab_ids.shape:
+            raise ValueError(
+                f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}."
+            )
+        self.draft_vocab_ids.copy_(ids_M)
+
+    def source(self, rows: TargetRows) -> Tensor:
+        """h^0 of the chain."""
+        if self.config.hidden_source == "post_norm":
+            return rows.post_norm_BRD
+        assert rows.pre_norm_BRD is not None, "the target's forward must capture the states before its final norm"
+        return rows.pre_norm_BRD
+
+    def depth_states(
+        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
+    ) -> Iterator[Tensor]:
+        """[B, T, D] for each depth 1..depths, what its output head reads."""
+        raise TypeError(f"{type(self).__name__} says nothing about its depths.")
+
+    def target_head(self, target: Target, detach: bool) -> tuple[Tensor, Tensor | None]:
+        """The target's output head over the draft vocabulary: weight [M, D] and bias [M] or None."""
+        weight, bias = target.head.weight, getattr(target.head, "bias", None)
+        if detach:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if self.draft_vocab_ids is not None:
+            weight = weight.index_select(0, self.draft_vocab_ids)
+            bias = None if bias is None else bias.index_select(0, self.draft_vocab_ids)
+        return weight, bias
+
+    def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:
+        """The output head of a depth (1-based), as target_head; by default the target's own."""
+        return self.target_head(target, detach)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """[B, T, K] labels of the depths, IGNORE_INDEX where a depth has nothing to learn."""
+        return future_labels(batch.labels_BT, batch.document_BT, self.config.depth)
+
+    def losses(
+        self, target: Target, batch: Batch, rows: TargetRows, *, detach: bool, supervision: Supervision, kind: LossKind
+    ) -> list[LossSum]:
+        """One LossSum a depth. detach: `standalone`, no gradient to states, embeddings or output head of the target."""
+        source_BTD, post_BTD = self.source(rows), rows.post_norm_BRD.detach()
+        labels_BTK = self.labels(batch)
+        if supervision == "teacher_hard":
+            labels_BTK = self._argmax_labels(target, labels_BTK, post_BTD)
+        if self.draft_vocab_ids is not None and supervision != "teacher":
+            labels_BTK = self._to_draft_ids(labels_BTK, target.vocab_size)
+        teacher_MD, teacher_bias_M = self.target_head(target, detach=True)
+        T, D = post_BTD.shape[1], post_BTD.shape[2]
+        out = []
+        for k, state_BTD in enumerate(
+            self.depth_states(target, batch, source_BTD.detach() if detach else source_BTD, detach), start=1
+        ):
+            teacher = {}
+            if supervision == "teacher":
+                at = torch.arange(post_BTD.shape[0] * T, device=post_BTD.device)
+                teacher = {
+                    "teacher_hidden_ND": post_BTD.reshape(-1, D),
+                    "teacher_weight_MD": teacher_MD,
+                    "teacher_bias_M": teacher_bias_M,
+                    # position i of depth k learns from what the target says k later; past the row's end nothing counts
+                    "teacher_rows_N": torch.where(at % T + k < T, at + k, at),
+                }
+            weight_MD, bias_M = self.unembedding(target, k, detach)
+            out.append(
+                linear_loss(
+                    state_BTD.reshape(-1, D),
+                    weight_MD,
+                    labels_N=labels_BTK[..., k - 1].reshape(-1),
+                    kind=kind,
+                    bias_M=bias_M,
+                    softcap=target.softcap,
+                    logit_scale=target.logit_scale,
+                    **teacher,
+                )
+            )
+        return out
+
+    def _to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
+        table_V = labels.new_full((vocab_size,), IGNORE_INDEX)
+        table_V[self.draft_vocab_ids] = torch.arange(len(self.draft_vocab_ids), device=labels.device)
+        return torch.where(labels == IGNORE_INDEX, labels, table_V[labels.clamp(min=0)])
+
+    @torch.no_grad()
+    def _argmax_labels(self, target: Target, labels_BTK: Tensor, post_BTD: Tensor) -> Tensor:
+        """The target's own choice in each counted label's place, a chunk of rows at a time."""
+        choices_BT = labels_BTK.new_full(post_BTD.shape[:2], IGNORE_INDEX)
+        T = choices_BT.shape[1]
+        needed_BT = torch.zeros_like(choices_BT, dtype=torch.bool)
+        for k in range(1, labels_BTK.shape[2] + 1):
+            needed_BT[:, k:] |= labels_BTK[:, : T - k, k - 1] != IGNORE_INDEX
+        at = needed_BT.nonzero()
+        for part in at.split(256):
+            choices_BT[part[:, 0], part[:, 1]] = target.logits(post_BTD[part[:, 0], part[:, 1]]).argmax(-1)
+        out_BTK = torch.full_like(labels_BTK, IGNORE_INDEX)
+        for k in range(1, labels_BTK.shape[2] + 1):
+            counted_BT = labels_BTK[:, : T - k, k - 1] != IGNORE_INDEX
+            out_BTK[:, : T - k, k - 1] = torch.where(counted_BT, choices_BT[:, k:], IGNORE_INDEX)
+        return out_BTK
+
+    @torch.no_grad()
+    def draft_logits(self, target: Target, batch: Batch, rows: TargetRows) -> Tensor:
+        """[B, T, K, V]: what depth k says at t about token t+1+k; -inf for tokens outside the draft vocabulary."""
+        out = []
+        for k, state_BTD in enumerate(self.depth_states(target, batch, self.source(rows), detach=True), start=1):
+            weight_MD, bias_M = self.unembedding(target, k, detach=True)
+            logits = target.scaled(F.linear(state_BTD, weight_MD.to(state_BTD.dtype), bias_M))
+            if self.draft_vocab_ids is not None:
+                kept = logits.new_full((*logits.shape[:-1], target.vocab_size), float("-inf"))
+                kept[..., self.draft_vocab_ids] = logits
+                logits = kept
+            out.append(logits)
+        return torch.stack(out, dim=2)
 
 
 def config_class(method: str) -> type[MTPConfig]:

@@ -17,15 +17,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from foretell.methods.base import LossKind, MTPConfig, Supervision
+from foretell.methods.base import MTPConfig, MTPModule
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
-from foretell.ops.losses import linear_loss
-from foretell.ops.shift import ahead, future_labels
-from foretell.types import IGNORE_INDEX, Batch, Draft, LossSum, SequenceState, Worth
+from foretell.ops.shift import ahead
+from foretell.types import Batch, Draft, SequenceState, Worth
 
 LONGEST_SHARED = 16
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
@@ -48,34 +47,19 @@ class SequentialConfig(MTPConfig):
         default="identity",
         metadata={"help": "Last layer copied and fusion passing the hidden state; random fusion; all random."},
     )
-    draft_vocab_size: int | None = field(
-        default=None, metadata={"help": "Draft only the most frequent tokens; lossless all the same."}
-    )
-
-    def problems(self) -> list[str]:
-        """See MTPConfig."""
-        found = super().problems()
-        if self.draft_vocab_size is not None and self.draft_vocab_size < 2:
-            found.append(f"draft_vocab_size: got {self.draft_vocab_size}, wanted at least 2 tokens, or none for all.")
-        return found
 
     def build(self, target: Target) -> SequentialModule:
         """The module for a target, initialised."""
         return SequentialModule(self, target)
 
 
-class SequentialModule(nn.Module):
-    """The blocks and, with a reduced vocabulary, the ids of the tokens that are drafted."""
+class SequentialModule(MTPModule):
+    """The blocks; depths share the target's output head."""
 
-    draft_vocab_ids: Tensor | None
+    config: SequentialConfig
 
     def __init__(self, config: SequentialConfig, target: Target) -> None:
-        super().__init__()
-        if config.draft_vocab_size is not None and config.draft_vocab_size > target.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size: got {config.draft_vocab_size}, wanted at most the model's {target.vocab_size}."
-            )
-        self.config = config
+        super().__init__(config, target)
         blocks = 1 if config.shared_module else config.depth
         self.blocks = nn.ModuleList(
             MTPBlock(
@@ -87,31 +71,10 @@ class SequentialModule(nn.Module):
             )
             for _ in range(blocks)
         )
-        ids = None
-        if (
-            config.draft_vocab_size is not None
-        ):  # until set_draft_vocabulary: the lowest ids, often bytes and short words
-            ids = torch.arange(config.draft_vocab_size, device=target.device)
-        self.register_buffer("draft_vocab_ids", ids)
-
-    def set_draft_vocabulary(self, ids_M: Tensor) -> None:
-        """Which tokens are drafted: sorted ids, as many as draft_vocab_size says."""
-        if self.draft_vocab_ids is None or ids_M.shape != self.draft_vocab_ids.shape:
-            raise ValueError(
-                f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}."
-            )
-        self.draft_vocab_ids.copy_(ids_M)
 
     def block(self, depth: int) -> MTPBlock:
         """The block of a depth (1-based)."""
         return self.blocks[0 if self.config.shared_module else depth - 1]
-
-    def source(self, rows: TargetRows) -> Tensor:
-        """h^0 of the chain."""
-        if self.config.hidden_source == "post_norm":
-            return rows.post_norm_BRD
-        assert rows.pre_norm_BRD is not None, "the target's forward must capture the states before its final norm"
-        return rows.pre_norm_BRD
 
     def depth_states(
         self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
@@ -131,92 +94,6 @@ class SequentialModule(nn.Module):
             places = target.position_embeddings(hidden_BTD, batch.position_ids_BT, block.layer_type)
             state_BTD, hidden_BTD = block(embedding_BTD, hidden_BTD, places, batch.position_ids_BT)
             yield state_BTD
-
-    def labels(self, batch: Batch) -> Tensor:
-        """[B, T, K] labels of the depths, IGNORE_INDEX where a depth has nothing to learn."""
-        return future_labels(batch.labels_BT, batch.document_BT, self.config.depth)
-
-    def losses(
-        self, target: Target, batch: Batch, rows: TargetRows, *, detach: bool, supervision: Supervision, kind: LossKind
-    ) -> list[LossSum]:
-        """One LossSum a depth. detach: `standalone`, no gradient to states, embeddings or output head of the target."""
-        head_VD = target.head.weight.detach() if detach else target.head.weight
-        source_BTD, post_BTD = self.source(rows), rows.post_norm_BRD.detach()
-        labels_BTK = self.labels(batch)
-        if supervision == "teacher_hard":
-            labels_BTK = self._argmax_labels(target, labels_BTK, post_BTD)
-        student_MD = head_VD
-        if self.draft_vocab_ids is not None:
-            student_MD = head_VD.index_select(0, self.draft_vocab_ids)
-            if supervision != "teacher":
-                labels_BTK = self._to_draft_ids(labels_BTK, target.vocab_size)
-        bias_M = getattr(target.head, "bias", None)
-        if bias_M is not None:
-            bias_M = bias_M.detach() if detach else bias_M
-            bias_M = bias_M if self.draft_vocab_ids is None else bias_M.index_select(0, self.draft_vocab_ids)
-        T, D = post_BTD.shape[1], post_BTD.shape[2]
-        out = []
-        for k, state_BTD in enumerate(
-            self.depth_states(target, batch, source_BTD.detach() if detach else source_BTD, detach), start=1
-        ):
-            teacher = {}
-            if supervision == "teacher":
-                at = torch.arange(post_BTD.shape[0] * T, device=post_BTD.device)
-                teacher = {
-                    "teacher_hidden_ND": post_BTD.reshape(-1, D),
-                    "teacher_weight_MD": student_MD.detach(),
-                    "teacher_bias_M": None if bias_M is None else bias_M.detach(),
-                    # position i of depth k learns from what the target says k later; past the row's end nothing counts
-                    "teacher_rows_N": torch.where(at % T + k < T, at + k, at),
-                }
-            out.append(
-                linear_loss(
-                    state_BTD.reshape(-1, D),
-                    student_MD,
-                    labels_N=labels_BTK[..., k - 1].reshape(-1),
-                    kind=kind,
-                    bias_M=bias_M,
-                    softcap=target.softcap,
-                    logit_scale=target.logit_scale,
-                    **teacher,
-                )
-            )
-        return out
-
-    def _to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
-        table_V = labels.new_full((vocab_size,), IGNORE_INDEX)
-        table_V[self.draft_vocab_ids] = torch.arange(len(self.draft_vocab_ids), device=labels.device)
-        return torch.where(labels == IGNORE_INDEX, labels, table_V[labels.clamp(min=0)])
-
-    @torch.no_grad()
-    def _argmax_labels(self, target: Target, labels_BTK: Tensor, post_BTD: Tensor) -> Tensor:
-        """The target's own choice in each counted label's place, a chunk of rows at a time."""
-        choices_BT = labels_BTK.new_full(post_BTD.shape[:2], IGNORE_INDEX)
-        T = choices_BT.shape[1]
-        needed_BT = torch.zeros_like(choices_BT, dtype=torch.bool)
-        for k in range(1, labels_BTK.shape[2] + 1):
-            needed_BT[:, k:] |= labels_BTK[:, : T - k, k - 1] != IGNORE_INDEX
-        at = needed_BT.nonzero()
-        for part in at.split(256):
-            choices_BT[part[:, 0], part[:, 1]] = target.logits(post_BTD[part[:, 0], part[:, 1]]).argmax(-1)
-        out_BTK = torch.full_like(labels_BTK, IGNORE_INDEX)
-        for k in range(1, labels_BTK.shape[2] + 1):
-            counted_BT = labels_BTK[:, : T - k, k - 1] != IGNORE_INDEX
-            out_BTK[:, : T - k, k - 1] = torch.where(counted_BT, choices_BT[:, k:], IGNORE_INDEX)
-        return out_BTK
-
-    @torch.no_grad()
-    def draft_logits(self, target: Target, batch: Batch, rows: TargetRows) -> Tensor:
-        """[B, T, K, V]: what depth k says at t about token t+1+k; -inf for tokens outside the draft vocabulary."""
-        out = []
-        for state_BTD in self.depth_states(target, batch, self.source(rows), detach=True):
-            logits = target.logits(state_BTD)
-            if self.draft_vocab_ids is not None:
-                kept = torch.full_like(logits, float("-inf"))
-                kept[..., self.draft_vocab_ids] = logits[..., self.draft_vocab_ids]
-                logits = kept
-            out.append(logits)
-        return torch.stack(out, dim=2)
 
     def drafter(self, target: Target, sample: bool = False) -> SequentialDrafter:
         """A drafter over the module's current weights; sample: draw drafts from its distribution instead of argmax."""
@@ -383,11 +260,7 @@ class SequentialDrafter:
         self.calls += 1
         newest = torch.tensor([max(c, 1) - 1 for c in counts], device=device)
         logits_BM = self._head(state_BRD[torch.arange(len(sequences), device=device), newest])
-        if self.target.logit_scale != 1.0:
-            logits_BM = logits_BM * self.target.logit_scale
-        if self.target.softcap is not None:
-            logits_BM = torch.tanh(logits_BM / self.target.softcap) * self.target.softcap
-        return logits_BM
+        return self.target.scaled(logits_BM)
 
     def _reach(self, depth: int) -> None:
         while len(self._caches) < depth:

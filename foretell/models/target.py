@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from foretell.models.attention import NAME, RowMasks
 from foretell.models.fast import fast_view, weights_version
+from foretell.models.graphs import StaticSteps
 from foretell.models.slot_cache import SlotCache
 
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
@@ -93,6 +94,7 @@ class Target:
         self._view: nn.Module | None = None
         self._version: tuple[int, ...] | None = None
         self._masks = RowMasks()
+        self.static: StaticSteps | None = None  # decode steps as CUDA graphs, on a GPU
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -144,7 +146,10 @@ class Target:
     def logits(self, post_norm_ND: Tensor, view: bool = False) -> Tensor:
         """[..., D] after the final norm -> [..., V], with the model's scaling and soft-capping."""
         head = self.view().get_output_embeddings() if view else self.head
-        logits = head(post_norm_ND)
+        return self.scaled(head(post_norm_ND))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """An output head's products, with the model's scaling and soft-capping."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:
@@ -212,8 +217,8 @@ class Target:
         return self._view
 
     def release(self) -> None:
-        """Forget the fast module tree and its packed weights."""
-        self._view = self._version = None
+        """Forget the fast module tree, its packed weights and what was recorded of it."""
+        self._view = self._version = self.static = None
 
     def _capture(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._pre_norm = args[0]
@@ -237,21 +242,69 @@ class Target:
         parents_BR None: each sequence's rows are a chain of valid_rows_B rows (all of them if None). visible is the
         number of cache columns in use after this step. full: nothing is hidden from any row, so no mask is needed.
         """
-        view = self.view()
-        R = input_ids_BR.shape[1]
+        B, R = input_ids_BR.shape
         if position_ids_BR is None:
             position_ids_BR = lengths_B[:, None] + torch.arange(R, device=lengths_B.device)
+        if self.static is None and self.device.type == "cuda" and self._can_be_recorded():
+            self.static = StaticSteps(self.forward_static, replayed=True)
+        if self.static is not None and first == 0 and self.static.takes(B, R):
+            self.view()
+            rows = self.static(
+                input_ids_BR,
+                lengths_B,
+                cache,
+                positions_BR=position_ids_BR,
+                parents_BR=parents_BR,
+                valid_rows_B=valid_rows_B,
+                visible=visible,
+            )
+            return TargetRows(rows.post_norm_BRD[:B], rows.pre_norm_BRD[:B])
+        masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B, "full": full}
+        return self._forward_rows(input_ids_BR, lengths_B, cache, first, position_ids_BR, visible, masks)
+
+    def _forward_rows(
+        self,
+        ids_BR: Tensor,
+        lengths_B: Tensor,
+        cache: SlotCache,
+        first: int,
+        position_ids_BR: Tensor,
+        visible: int,
+        masks: dict[str, Any],
+    ) -> TargetRows:
+        view, R = self.view(), ids_BR.shape[1]
         valid_BR = None
-        if valid_rows_B is not None:
-            valid_BR = torch.arange(R, device=lengths_B.device) < valid_rows_B[:, None]
+        if masks["valid_rows_B"] is not None:
+            valid_BR = torch.arange(R, device=lengths_B.device) < masks["valid_rows_B"][:, None]
         cache.begin(first, lengths_B, valid_BR, R, visible)
-        self._masks.begin(lengths_B, visible, R, parents_BR=parents_BR, valid_rows_B=valid_rows_B, full=full)
+        self._masks.begin(lengths_B, visible, R, **masks)
         decoder = view.get_decoder()
         out = decoder(
-            input_ids=input_ids_BR,
+            input_ids=ids_BR,
             position_ids=position_ids_BR,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
         )
         return TargetRows(out.last_hidden_state, self._pre_norm)
+
+    def _can_be_recorded(self) -> bool:
+        """Whether a step never waits for the device: no experts chosen in Python, no rotary table that grows."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = {str(r.get("rope_type")) for r in (rope, *(v for v in rope.values() if isinstance(v, dict)))}
+        experts = any(name.endswith("experts") for name, _ in self.decoder.named_modules())
+        return not experts and not kinds & {"dynamic", "longrope"}
+
+    def forward_static(
+        self,
+        ids_BR: Tensor,
+        lengths_B: Tensor,
+        positions_BR: Tensor,
+        parents_BR: Tensor | None,
+        valid_rows_B: Tensor,
+        visible: int,
+        cache: SlotCache,
+    ) -> TargetRows:
+        """What StaticSteps runs or records: everything that a step computes from its buffers."""
+        masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B}
+        return self._forward_rows(ids_BR, lengths_B, cache, 0, positions_BR, visible, masks)

@@ -36,7 +36,7 @@ demo: $(STAMP) ## train an MTP module on a real model and compare five ways of d
 test: test-fast test-real ## the fast suite, then the real-model suite
 
 test-fast: $(STAMP) ## tiny models built in code (ARGS="-k name" chooses)
-	$(BIN)/python -m pytest -m "not real and not gpu" --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" --durations=15 $(ARGS)
 
 test-real: $(STAMP) ## SmolLM2-135M from its package
 	$(BIN)/python -m pytest -m "real and not gpu" --durations=15 $(ARGS)

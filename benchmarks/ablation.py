@@ -1,6 +1,6 @@
-"""tau by start, depth, draft vocabulary and supervision: the same answers and steps for all, decoded on held-out prompts.
+"""tau by start, depth, draft vocabulary, supervision: the same answers and steps for all, decoded on held-out prompts.
 
-    python benchmarks/ablation.py --answers runs/demo/answers [--model DIR] [--steps 150] [--output results/ablation.json]
+    python benchmarks/ablation.py --answers runs/demo/answers [--model DIR] [--steps 150] [--output FILE]
 
 The answers are those that `foretell demo` keeps. Steps are counted, not seconds, so other work on the machine changes
 nothing. One seed unless --seeds says more.

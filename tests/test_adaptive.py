@@ -23,6 +23,19 @@ MILD = CostCurve({1: 1.0, 64: 1.0 + 0.1 * 63})
 STEEP = CostCurve({1: 1.0, 64: 1.0 + 0.3 * 63})
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Rounds take what the curve says, times what a test puts here for rounds with drafts."""
+    learn, surprise = AdaptiveLength.learn, [1.0]
+
+    def by_the_curve(self, drafts, emitted, names, rows, seconds=None):
+        taken = self.curve(rows) * (surprise[0] if rows > len(emitted) else 1.0)
+        learn(self, drafts, emitted, names, rows, taken)
+
+    monkeypatch.setattr(AdaptiveLength, "learn", by_the_curve)
+    return surprise
+
+
 @functools.cache
 def mtp() -> MTPModel:
     return knowing_mtp(leaning_model())
@@ -101,7 +114,7 @@ def test_stops_where_all_drafts_fail(curve, confidence):
     # what is drafted and thrown away costs too; where a row costs next to nothing, trying is right for a while
     assert sum(drafted) <= drafter.proposed < (30 if curve is STEEP else 2 * NEW)
     # it goes on looking, now and then
-    assert drafter.proposed > drafter.proposed_at[NEW // 2]
+    assert drafter.proposed > drafter.proposed_at[len(drafter.proposed_at) // 2]
 
 
 @pytest.mark.parametrize("confidence", [0.02, 0.5, 0.99])
@@ -112,6 +125,19 @@ def test_drafts_long_where_all_is_accepted(curve, confidence):
     last = [v.accepted for v in stats.records[0][-10:-1]]
     assert min(last) >= (8 if curve is FLAT else 3), stats.accepted[0]
     assert seconds(stats, curve) < (0.2 if curve is FLAT else 0.6) * NEW * curve(1)
+
+
+@pytest.mark.parametrize("times_slower", [1.0, 12.0])
+def test_the_clock_decides_where_the_curve_was_wrong(times_slower, clock):
+    """Drafts hold, but a round with drafts takes far longer than its rows should: the caches were cold, say."""
+    clock[0] = times_slower
+    stats, _ = decode(lambda wanted: Oracle(wanted, (2, 0)), FLAT)
+    rounds = stats.drafted[0]
+    if times_slower == 1.0:
+        assert sum(d > 0 for d in rounds) > 0.9 * len(rounds)
+    else:
+        assert sum(d > 0 for d in rounds) < 0.35 * len(rounds)
+        assert rounds[-30:].count(0) > 20, "pauses grow"
 
 
 @pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])

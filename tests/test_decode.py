@@ -421,17 +421,10 @@ def test_slots_limit_what_is_decoded_at_once():
     """Also when the cache has room for more from an earlier call."""
     mtp, inputs = knowing_mtp(target()), prompts(7, 5, 12, 4, 9)
     for slots in (64, 2, 1):
-        spy = Scripted2()
+        spy = Scripted()
         out = run(mtp, inputs, max_new_tokens=6, drafter=spy, slots=slots)
         assert out.sequences.tolist() == reference(target(), inputs, max_new_tokens=6).tolist()
         assert max(map(len, spy.asked)) == min(slots, 5)
-
-
-class Scripted2(Scripted):
-    """Proposes nothing, and remembers what it was asked."""
-
-    def chain(self, sequence: SequenceState, length: int) -> list[int]:
-        return []
 
 
 @pytest.mark.parametrize("drafter", ["mtp", "oracle", "tree"])

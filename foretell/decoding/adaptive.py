@@ -74,6 +74,7 @@ class AdaptiveLength:
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
+    TRIAL = 8  # drafted rounds after which the clock is asked whether they were worth it
 
     def __init__(self, curve: CostCurve, longest: int) -> None:
         self.curve, self.longest = curve, longest
@@ -82,6 +83,7 @@ class AdaptiveLength:
         self._step_seconds: dict[str, float] = defaultdict(float)
         self._probing: set[str] = set()
         self._starts: dict[str, bool] = {}
+        self._plain_seconds: dict[int, float] = {}  # of a round without drafts, by batch, as the clock has it
         self.begin()
 
     def begin(self) -> None:
@@ -89,6 +91,8 @@ class AdaptiveLength:
         self._wait: dict[str, int] = defaultdict(lambda: 1)
         self._sit_out: dict[str, int] = defaultdict(int)
         self._rate, self._batch = 0.0, 1
+        self._trial: list[tuple[int, float]] = []  # (tokens, seconds) of the drafted rounds since the last verdict
+        self._pause, self._pause_next = 0, 4
 
     def begin_round(self, batch: int) -> list[int]:
         """Longest drafts to ask for, and a new decision on who sits out."""
@@ -99,7 +103,8 @@ class AdaptiveLength:
         self._starts.clear()
         for name, rounds in self._sit_out.items():
             self._sit_out[name] = max(rounds - 1, 0)
-        return [self.longest] * batch
+        self._pause = max(self._pause - 1, 0)
+        return [0 if self._pause else self.longest] * batch
 
     def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
         """See Worth. beside: what cheaper drafters have proposed for the same sequence already."""
@@ -175,11 +180,21 @@ class AdaptiveLength:
         return [subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
 
     def learn(
-        self, drafts: list[Draft], emitted: list[list[int]], names: dict[str, tuple[float, int]], rows: int
+        self,
+        drafts: list[Draft],
+        emitted: list[list[int]],
+        names: dict[str, tuple[float, int]],
+        rows: int,
+        seconds: float | None = None,
     ) -> None:
         """After a verification. drafts: as proposed, before the pruning (what was thrown away may have been right).
-        emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round.
+        emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round. seconds: of the
+        whole round, by the clock.
         """
+        if seconds is not None:
+            drafting = sum(spent for spent, _ in names.values())
+            plain = rows == len(emitted) and drafting < 0.02 * seconds
+            self._judge(len(emitted), sum(map(len, emitted)), plain, seconds)
         for draft, tokens in zip(drafts, emitted, strict=True):
             accepted: set[int] = set()
             depth: list[int] = []
@@ -204,6 +219,25 @@ class AdaptiveLength:
                 self._step_seconds[name] = seconds / steps if old == 0.0 else 0.9 * old + 0.1 * seconds / steps
         spent = self.curve(rows) + sum(seconds for seconds, _ in names.values())
         self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / spent
+
+    def _judge(self, batch: int, tokens: int, is_plain: bool, seconds: float) -> None:
+        """The curve is a forecast; the clock decides. Drafted rounds that made fewer tokens a second than plain ones
+        are followed by a pause, each longer than the last.
+        """
+        plain = self._plain_seconds.get(batch)
+        if is_plain:
+            self._plain_seconds[batch] = seconds if plain is None else 0.9 * plain + 0.1 * seconds
+            return
+        self._trial.append((tokens, seconds))
+        if len(self._trial) < self.TRIAL:
+            return
+        if plain is None:
+            self._pause = 3  # nothing to compare with yet: this makes two plain rounds
+        elif sum(t for t, _ in self._trial) * plain < batch * sum(s for _, s in self._trial):
+            self._pause, self._pause_next = self._pause_next + 1, min(2 * self._pause_next, self.LONGEST_WAIT)
+        else:
+            self._pause_next = 4
+        self._trial = []
 
 
 def subset(draft: Draft, keep: Sequence[int]) -> Draft:

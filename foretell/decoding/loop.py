@@ -137,7 +137,8 @@ class Decoder:
         self.stats.seconds["verify"] += time.perf_counter() - drafted
         if self.adaptive is not None:
             told = [[*(d.tokens[i] for i in v.path), v.token] for d, v in zip(drafts, verdicts, strict=True)]
-            self.adaptive.learn(self._proposed, told, self._drafting, len(active) * R)
+            spent = time.perf_counter() - start
+            self.adaptive.learn(self._proposed, told, self._drafting, len(active) * R, spent)
         return emitted
 
     def _drafts(self) -> list[Draft]:
@@ -147,6 +148,9 @@ class Decoder:
         if self.adaptive is None:
             return self.drafter.draft(self.active, [self.length] * len(self.active))
         lengths = self.adaptive.begin_round(len(self.active))
+        if not any(lengths):
+            self._proposed = [Draft() for _ in self.active]
+            return self._proposed
         self._proposed, spent = timed_draft(self.drafter, self.active, lengths, self.adaptive.worth)
         self._drafting = dict(getattr(self.drafter, "timing", {self.drafter.name: spent}))
         return self.adaptive.prune(self._proposed, spent[0])

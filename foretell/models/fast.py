@@ -170,7 +170,8 @@ class Rotation:
         if self._cos is not cos_BRE:
             half = cos_BRE.shape[-1] // 2
             self._cos = cos_BRE
-            self._turn = torch.complex(cos_BRE[..., :half].contiguous(), sin_BRE[..., :half].contiguous())[:, :, None]
+            # float: a bf16 target hands bf16 angles to an fp32 module
+            self._turn = torch.complex(cos_BRE[..., :half].float(), sin_BRE[..., :half].float())[:, :, None]
         return self._turn
 
 

@@ -136,8 +136,7 @@ def test_the_clock_decides_where_the_curve_was_wrong(times_slower, clock):
     if times_slower == 1.0:
         assert sum(d > 0 for d in rounds) > 0.9 * len(rounds)
     else:
-        assert sum(d > 0 for d in rounds) < 0.35 * len(rounds)
-        assert rounds[-30:].count(0) > 20, "pauses grow"
+        assert sum(d > 0 for d in rounds) < 0.1 * len(rounds), "12 times slower is more than 9 tokens can bring back"
 
 
 @pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])

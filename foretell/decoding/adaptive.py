@@ -74,7 +74,7 @@ class AdaptiveLength:
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
-    TRIAL = 8  # drafted rounds after which the clock is asked whether they were worth it
+    PLAIN_ROUNDS = 2  # without drafts, once for each size of batch, so that the clock has something to compare with
 
     def __init__(self, curve: CostCurve, longest: int) -> None:
         self.curve, self.longest = curve, longest
@@ -83,7 +83,8 @@ class AdaptiveLength:
         self._step_seconds: dict[str, float] = defaultdict(float)
         self._probing: set[str] = set()
         self._starts: dict[str, bool] = {}
-        self._plain_seconds: dict[int, float] = {}  # of a round without drafts, by batch, as the clock has it
+        # seconds by the clock over seconds by the curve, and how often seen: (power of two of the batch, plain or not)
+        self._clock: dict[tuple[int, bool], tuple[float, int]] = defaultdict(lambda: (1.0, 0))
         self.begin()
 
     def begin(self) -> None:
@@ -91,8 +92,6 @@ class AdaptiveLength:
         self._wait: dict[str, int] = defaultdict(lambda: 1)
         self._sit_out: dict[str, int] = defaultdict(int)
         self._rate, self._batch = 0.0, 1
-        self._trial: list[tuple[int, float]] = []  # (tokens, seconds) of the drafted rounds since the last verdict
-        self._pause, self._pause_next = 0, 4
 
     def begin_round(self, batch: int) -> list[int]:
         """Longest drafts to ask for, and a new decision on who sits out."""
@@ -103,8 +102,18 @@ class AdaptiveLength:
         self._starts.clear()
         for name, rounds in self._sit_out.items():
             self._sit_out[name] = max(rounds - 1, 0)
-        self._pause = max(self._pause - 1, 0)
-        return [0 if self._pause else self.longest] * batch
+        compared = self._clock[batch.bit_length(), True][1] >= self.PLAIN_ROUNDS
+        return [self.longest if compared else 0] * batch
+
+    def cost(self, rows: int) -> float:
+        """Seconds of a forward over so many rows of all sequences together. The curve is a forecast made on one
+        sequence and an idle cache; what the clock says of rounds with drafts against plain ones corrects it.
+        """
+        if rows <= self._batch:
+            return self.curve(rows)
+        size = self._batch.bit_length()
+        (drafted, times), (plain, _) = self._clock[size, False], self._clock[size, True]
+        return self.curve(rows) * (max(drafted / plain, 1.0) if times >= self.PLAIN_ROUNDS else 1.0)
 
     def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
         """See Worth. beside: what cheaper drafters have proposed for the same sequence already."""
@@ -140,7 +149,9 @@ class AdaptiveLength:
 
     def _pays(self, name: str, depth: int, reached: float) -> bool:
         """Whether one more step, reached with that chance, makes tokens faster than they come now."""
-        seconds = self.curve.cheapest_row(self._batch * depth, self._batch) + self._step_seconds[name]
+        rows = self._batch * depth
+        slower = self.cost(rows + 1) / self.curve(rows + 1)
+        seconds = self.curve.cheapest_row(rows, self._batch) * slower + self._step_seconds[name]
         return self._batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
 
     def _holds(self, name: str, depth: int) -> float:
@@ -170,11 +181,12 @@ class AdaptiveLength:
         ranked: list[list[tuple[int, float]]] = []
         for draft in drafts:
             ranked.append(sorted(enumerate(self.chances(draft)), key=lambda node: (-node[1], node[0])))
-        best, best_rate = 0, batch / (self.curve(batch) + drafting_seconds)
+        self._batch = batch
+        best, best_rate = 0, batch / (self.cost(batch) + drafting_seconds)
         gained = 0.0
         for m in range(1, max((len(r) for r in ranked), default=0) + 1):
             gained += sum(r[m - 1][1] for r in ranked if len(r) >= m)
-            rate = (batch + gained) / (self.curve(batch * (1 + m)) + drafting_seconds)
+            rate = (batch + gained) / (self.cost(batch * (1 + m)) + drafting_seconds)
             if rate > best_rate:
                 best, best_rate = m, rate
         return [subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
@@ -192,9 +204,10 @@ class AdaptiveLength:
         whole round, by the clock.
         """
         if seconds is not None:
-            drafting = sum(spent for spent, _ in names.values())
-            plain = rows == len(emitted) and drafting < 0.02 * seconds
-            self._judge(len(emitted), sum(map(len, emitted)), plain, seconds)
+            expected = self.curve(rows) + sum(spent for spent, _ in names.values())
+            kind = (len(emitted).bit_length(), rows == len(emitted))
+            ratio, times = self._clock[kind]
+            self._clock[kind] = (0.9 * ratio + 0.1 * seconds / expected if times else seconds / expected, times + 1)
         for draft, tokens in zip(drafts, emitted, strict=True):
             accepted: set[int] = set()
             depth: list[int] = []
@@ -217,27 +230,8 @@ class AdaptiveLength:
             if steps:
                 old = self._step_seconds[name]
                 self._step_seconds[name] = seconds / steps if old == 0.0 else 0.9 * old + 0.1 * seconds / steps
-        spent = self.curve(rows) + sum(seconds for seconds, _ in names.values())
+        spent = self.cost(rows) + sum(seconds for seconds, _ in names.values())
         self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / spent
-
-    def _judge(self, batch: int, tokens: int, is_plain: bool, seconds: float) -> None:
-        """The curve is a forecast; the clock decides. Drafted rounds that made fewer tokens a second than plain ones
-        are followed by a pause, each longer than the last.
-        """
-        plain = self._plain_seconds.get(batch)
-        if is_plain:
-            self._plain_seconds[batch] = seconds if plain is None else 0.9 * plain + 0.1 * seconds
-            return
-        self._trial.append((tokens, seconds))
-        if len(self._trial) < self.TRIAL:
-            return
-        if plain is None:
-            self._pause = 3  # nothing to compare with yet: this makes two plain rounds
-        elif sum(t for t, _ in self._trial) * plain < batch * sum(s for _, s in self._trial):
-            self._pause, self._pause_next = self._pause_next + 1, min(2 * self._pause_next, self.LONGEST_WAIT)
-        else:
-            self._pause_next = 4
-        self._trial = []
 
 
 def subset(draft: Draft, keep: Sequence[int]) -> Draft:

@@ -28,9 +28,8 @@ class CostCurve:
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.rows = sorted(seconds)
-        self.seconds: list[float] = []
-        for rows in self.rows:
-            self.seconds.append(max([seconds[rows], *self.seconds[-1:]]))
+        # other work on the machine only ever adds: what more rows took, fewer rows could have taken
+        self.seconds = [min(seconds[more] for more in self.rows[i:]) for i in range(len(self.rows))]
 
     def __call__(self, rows: int) -> float:
         if rows <= self.rows[0]:
@@ -41,11 +40,6 @@ class CostCurve:
             if rows <= r1:
                 return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
         return self.seconds[-1] * rows / self.rows[-1]
-
-    def cheapest_row(self, rows: int, step: int = 1) -> float:
-        """Seconds of `step` more rows after `rows`, averaged over what may follow: past a jump rows are cheap."""
-        here = self(rows)
-        return min((self(rows + n * step) - here) / n for n in (1, 2, 4))
 
     @classmethod
     def measure(cls, target: Target, context: int = 128, repeats: int = 5) -> CostCurve:
@@ -74,7 +68,7 @@ class AdaptiveLength:
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
-    PLAIN_ROUNDS = 2  # without drafts, once for each size of batch, so that the clock has something to compare with
+    PLAIN_ROUNDS = 2  # without drafts, for each size of batch, so that the clock has something to compare; later fewer
 
     def __init__(self, curve: CostCurve, longest: int) -> None:
         self.curve, self.longest = curve, longest
@@ -97,23 +91,28 @@ class AdaptiveLength:
         """Longest drafts to ask for, and a new decision on who sits out."""
         if batch != self._batch:
             self._batch, self._rate = batch, 0.0
-        self._rate = max(self._rate, batch / self.curve(batch))
+        self._rate = max(self._rate, batch / self.cost(batch))
         self._probing.clear()
         self._starts.clear()
         for name, rounds in self._sit_out.items():
             self._sit_out[name] = max(rounds - 1, 0)
-        compared = self._clock[batch.bit_length(), True][1] >= self.PLAIN_ROUNDS
-        return [self.longest if compared else 0] * batch
+        drafted, plain = (self._clock[batch.bit_length(), kind][1] for kind in (False, True))
+        wanted = self.PLAIN_ROUNDS + drafted.bit_length() // 2 + drafted // 64
+        return [self.longest if plain >= wanted else 0] * batch
 
     def cost(self, rows: int) -> float:
         """Seconds of a forward over so many rows of all sequences together. The curve is a forecast made on one
         sequence and an idle cache; what the clock says of rounds with drafts against plain ones corrects it.
         """
-        if rows <= self._batch:
-            return self.curve(rows)
         size = self._batch.bit_length()
         (drafted, times), (plain, _) = self._clock[size, False], self._clock[size, True]
-        return self.curve(rows) * (max(drafted / plain, 1.0) if times >= self.PLAIN_ROUNDS else 1.0)
+        known = rows > self._batch and times >= self.PLAIN_ROUNDS
+        return self.curve(rows) * (max(drafted, plain) if known else plain)
+
+    def _cheapest_row(self, rows: int) -> float:
+        """Seconds of one more row a sequence, averaged over what may follow: past a jump rows are cheap."""
+        here = self.cost(rows)
+        return min((self.cost(rows + n * self._batch) - here) / n for n in (1, 2, 4))
 
     def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
         """See Worth. beside: what cheaper drafters have proposed for the same sequence already."""
@@ -149,9 +148,7 @@ class AdaptiveLength:
 
     def _pays(self, name: str, depth: int, reached: float) -> bool:
         """Whether one more step, reached with that chance, makes tokens faster than they come now."""
-        rows = self._batch * depth
-        slower = self.cost(rows + 1) / self.curve(rows + 1)
-        seconds = self.curve.cheapest_row(rows, self._batch) * slower + self._step_seconds[name]
+        seconds = self._cheapest_row(self._batch * depth) + self._step_seconds[name]
         return self._batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
 
     def _holds(self, name: str, depth: int) -> float:
@@ -207,7 +204,8 @@ class AdaptiveLength:
             expected = self.curve(rows) + sum(spent for spent, _ in names.values())
             kind = (len(emitted).bit_length(), rows == len(emitted))
             ratio, times = self._clock[kind]
-            self._clock[kind] = (0.9 * ratio + 0.1 * seconds / expected if times else seconds / expected, times + 1)
+            weight = max(0.2, 1 / (times + 1))
+            self._clock[kind] = ((1 - weight) * ratio + weight * seconds / expected, times + 1)
         for draft, tokens in zip(drafts, emitted, strict=True):
             accepted: set[int] = set()
             depth: list[int] = []

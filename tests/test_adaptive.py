@@ -18,9 +18,9 @@ from foretell.types import Draft, SequenceState
 
 NEW = 200
 # seconds against rows. Real drafting takes microseconds here, so that these curves alone decide
-FLAT = CostCurve({1: 1.0, 64: 1.2})
-MILD = CostCurve({1: 1.0, 64: 1.0 + 0.1 * 63})
-STEEP = CostCurve({1: 1.0, 64: 1.0 + 0.3 * 63})
+FLAT = CostCurve({1: 1.0, 64: 1.2}, measured=True)
+MILD = CostCurve({1: 1.0, 64: 1.0 + 0.1 * 63}, measured=True)
+STEEP = CostCurve({1: 1.0, 64: 1.0 + 0.3 * 63}, measured=True)
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,13 @@ CURVE_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
 
 
 class CostCurve:
-    """Seconds of one target forward against its rows, interpolated; never falling."""
+    """Seconds of one target forward against its rows, interpolated; never falling.
 
-    def __init__(self, seconds: dict[int, float]) -> None:
+    measured: a forecast made on one sequence and an idle cache, which the clock may correct; else it is taken as given.
+    """
+
+    def __init__(self, seconds: dict[int, float], measured: bool = False) -> None:
+        self.measured = measured
         self.rows = sorted(seconds)
         # other work on the machine only ever adds: what more rows took, fewer rows could have taken
         self.seconds = [min(seconds[more] for more in self.rows[i:]) for i in range(len(self.rows))]
@@ -57,7 +61,7 @@ class CostCurve:
                 target.logits(out.post_norm_BRD, view=True).argmax(-1).tolist()
                 if repeat:  # the first round warms up
                     taken[rows].append(time.perf_counter() - start)
-        return cls({rows: median(times) for rows, times in taken.items()})
+        return cls({rows: median(times) for rows, times in taken.items()}, measured=True)
 
 
 class AdaptiveLength:
@@ -98,11 +102,11 @@ class AdaptiveLength:
             self._sit_out[name] = max(rounds - 1, 0)
         drafted, plain = (self._clock[batch.bit_length(), kind][1] for kind in (False, True))
         wanted = self.PLAIN_ROUNDS + drafted.bit_length() // 2 + drafted // 64
-        return [self.longest if plain >= wanted else 0] * batch
+        return [self.longest if plain >= wanted or not self.curve.measured else 0] * batch
 
     def cost(self, rows: int) -> float:
-        """Seconds of a forward over so many rows of all sequences together. The curve is a forecast made on one
-        sequence and an idle cache; what the clock says of rounds with drafts against plain ones corrects it.
+        """Seconds of a forward over so many rows of all sequences together: the curve, corrected by what the clock says
+        of rounds with drafts and of plain ones.
         """
         size = self._batch.bit_length()
         (drafted, times), (plain, _) = self._clock[size, False], self._clock[size, True]
@@ -200,7 +204,7 @@ class AdaptiveLength:
         emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round. seconds: of the
         whole round, by the clock.
         """
-        if seconds is not None:
+        if seconds is not None and self.curve.measured:
             expected = self.curve(rows) + sum(spent for spent, _ in names.values())
             kind = (len(emitted).bit_length(), rows == len(emitted))
             ratio, times = self._clock[kind]

@@ -21,11 +21,13 @@ from foretell.config import parse
 from foretell.data.cache import HiddenStore
 from foretell.data.prompts import encode_prompt
 from foretell.data.vocabulary import frequent_tokens
-from foretell.decoding.stats import GenerationStats
 from foretell.methods.base import load_preset
 from foretell.runtime import provenance, write_json_atomic
 from foretell.training.regenerate import eos_ids
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import left_padded  # noqa: E402 (a script beside this one)
 
 # one thing changed at a time: (what, settings of the module, arguments of the training)
 ARMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -74,18 +76,12 @@ def run(model: Any, tokenizer: Any, store: Any, arm: tuple, steps: int, seed: in
     trainer.train()
     last = next(entry for entry in reversed(trainer.state.log_history) if "mtp_loss" in entry)
     found: dict[str, Any] = {"loss": last["mtp_loss"], "parameters": sum(p.numel() for p in mtp.module.parameters())}
-    for drafts in (1, 2, 3):
-        if drafts > mtp.drafter().longest:
-            continue
-        records = []
-        for row in _prompts(0)["compare"]:
-            ids = torch.tensor([encode_prompt(_chat(row), tokenizer)])
-            out = mtp.generate(
-                ids, max_new_tokens=64, do_sample=False, num_draft_tokens=drafts, return_dict_in_generate=True
-            )
-            records += out.stats.records
-        stats = GenerationStats("lossless", True, records)
-        found[f"tau_{drafts}"], found[f"accept_given_{drafts}"] = stats.tau, stats.accept_given
+    inputs = left_padded([encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]], mtp.device)
+    for drafts in range(1, min(3, mtp.drafter().longest) + 1):
+        out = mtp.generate(
+            **inputs, max_new_tokens=64, do_sample=False, num_draft_tokens=drafts, return_dict_in_generate=True
+        )
+        found[f"tau_{drafts}"], found[f"accept_given_{drafts}"] = out.stats.tau, out.stats.accept_given
     return found
 
 

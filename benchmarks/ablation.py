@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import left_padded
 
 from foretell import get_mtp_model
 from foretell.cli.demo import _chat, _prompts, load_model
@@ -25,9 +26,6 @@ from foretell.methods.base import load_preset
 from foretell.runtime import provenance, write_json_atomic
 from foretell.training.regenerate import eos_ids
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
-
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import left_padded  # noqa: E402 (a script beside this one)
 
 # one thing changed at a time: (what, settings of the module, arguments of the training)
 ARMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foretell.decoding.lookup import PromptLookup
+    from foretell.decoding.trees import calibrated_tree, cartesian_tree
+    from foretell.evaluation.accuracy import head_accuracy
     from foretell.methods.base import MTPConfig, load_preset
+    from foretell.methods.heads import HeadsConfig
     from foretell.methods.sequential import SequentialConfig
     from foretell.mtp import MTPModel, custom_generate, get_mtp_model
     from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "HeadsConfig",
     "MTPConfig",
     "MTPModel",
     "MTPTrainer",
@@ -26,20 +30,27 @@ __all__ = [
     "PromptLookup",
     "SequentialConfig",
     "__version__",
+    "calibrated_tree",
+    "cartesian_tree",
     "custom_generate",
     "get_mtp_model",
+    "head_accuracy",
     "load_preset",
 ]
 
 _HOME = {
+    "HeadsConfig": "foretell.methods.heads",
     "MTPConfig": "foretell.methods.base",
     "MTPModel": "foretell.mtp",
     "MTPTrainer": "foretell.training.trainer",
     "MTPTrainingArguments": "foretell.training.trainer",
     "PromptLookup": "foretell.decoding.lookup",
     "SequentialConfig": "foretell.methods.sequential",
+    "calibrated_tree": "foretell.decoding.trees",
+    "cartesian_tree": "foretell.decoding.trees",
     "custom_generate": "foretell.mtp",
     "get_mtp_model": "foretell.mtp",
+    "head_accuracy": "foretell.evaluation.accuracy",
     "load_preset": "foretell.methods.base",
 }
 

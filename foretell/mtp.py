@@ -20,6 +20,7 @@ from foretell.decoding.compose import Composed
 from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
 from foretell.decoding.lookup import PromptLookup
 from foretell.decoding.loop import Decoder
+from foretell.decoding.trees import check_tree
 from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
 from foretell.models.target import Target, TargetRows
@@ -191,6 +192,7 @@ class MTPModel(nn.Module):
         policy: str = "lossless",
         drafter: str | Drafter | Sequence[Drafter] = "mtp",
         draft_sample_method: str = "greedy",
+        draft_tree: Sequence[Sequence[int]] | None = None,
         generator: torch.Generator | None = None,
         streamer: Any = None,
         slots: int = 64,
@@ -204,6 +206,8 @@ class MTPModel(nn.Module):
         policy: "lossless" (greedy: the target's own output; sampling: its distribution) or a lossy one.
         drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects.
         draft_sample_method: "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module).
+        draft_tree: for parallel heads, which guesses are verified together (foretell.cartesian_tree, calibrated_tree);
+            None is a chain, and with "auto" those that pay.
         generator: seeds sampling. slots: sequences decoded at once; a larger batch is worked off continuously.
 
         Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
@@ -215,6 +219,7 @@ class MTPModel(nn.Module):
             policy=policy,
             drafter=drafter,
             draft_sample_method=draft_sample_method,
+            draft_tree=draft_tree,
             generator=generator,
             slots=slots,
             streamer=streamer,
@@ -307,6 +312,7 @@ def custom_generate(
     policy: str = "lossless",
     drafter: str | Drafter | Sequence[Drafter] = "mtp",
     draft_sample_method: str = "greedy",
+    draft_tree: Sequence[Sequence[int]] | None = None,
     generator: torch.Generator | None = None,
     slots: int = 64,
     streamer: Any = None,
@@ -328,6 +334,12 @@ def custom_generate(
         raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
     if draft_sample_method not in ("greedy", "probabilistic"):
         raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
+    tree = None if draft_tree is None else check_tree(draft_tree, mtp.mtp_config.depth)
+    if tree is not None and (not hasattr(mtp.drafter(), "tree") or length == "auto" or draft_sample_method != "greedy"):
+        raise ValueError(
+            "draft_tree: wanted parallel heads (method 'heads'), a fixed num_draft_tokens and greedy drafts; "
+            f"got method {mtp.mtp_config.method!r}, num_draft_tokens={length!r}, {draft_sample_method!r} drafts."
+        )
 
     def run(
         model: nn.Module,
@@ -341,6 +353,9 @@ def custom_generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
+        module_drafter: Any = mtp.drafter(sample)
+        if hasattr(module_drafter, "tree"):
+            module_drafter.tree = tree
         chosen = None if length == 0 else _drafter_of(mtp, drafter, sample)
         adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample)) if length == "auto" else None
         return generate_rows(

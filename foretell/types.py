@@ -30,6 +30,7 @@ class Batch:
     document_BT: Tensor  # which packed document a token belongs to, PAD_DOCUMENT on padding
     position_ids_BT: Tensor  # restarts in each document
     hidden_BTD: Tensor | None = None  # hidden states kept while the target decoded: no second forward
+    mtp_labels_BTK: Tensor | None = None  # labels of the depths, where a collator gave them; else derived from labels
 
 
 @dataclass

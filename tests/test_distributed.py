@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.types import IGNORE_INDEX
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = 2
@@ -45,6 +46,12 @@ PLANS: dict[str, dict[str, Any]] = {
     # an epsilon beside which small gradients stay small: else Adam makes whole steps of their rounding
     "joint": {"max_grad_norm": 0.5, "mtp_training_mode": "joint", "optim": "adamw_torch", "adam_epsilon": 1e-2},
 }
+# foretell.trl's trainer, with the heads of the page's two distributed examples
+SFT_PLANS: dict[str, dict[str, Any]] = {
+    "identical": {"mtp_head_type": "identical", "mtp_init_strategy": "copy_lm_head", "max_grad_norm": 0.0},
+    "ffn": {"mtp_head_type": "ffn", "mtp_num_layers": 3, "mtp_num_predictions": 3, **PLANS["joint"]},
+}
+ALL_PLANS = {**PLANS, **SFT_PLANS}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
 
@@ -59,19 +66,28 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return out
 
 
-def train(plan: str, folder: Path, processes: int, resume: str | None = None, **arguments: Any) -> MTPTrainer:
+def train(plan: str, folder: Path, processes: int, resume: str | None = None, **arguments: Any) -> Any:
     model = tiny_model(tie_word_embeddings=plan == "joint")
-    mtp = get_mtp_model(model, {"method": "sequential", "depth": 2, "initialisation": "copy"})
-    args = MTPTrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2 * PROCESSES // processes,
-        per_device_eval_batch_size=2 * PROCESSES // processes,
-        report_to=[],
-        use_cpu=True,
-        ddp_backend="gloo" if processes > 1 else None,
-        **{**BASE, **PLANS[plan], **arguments},
-    )
-    trainer = MTPTrainer(mtp, args, rows(24), eval_dataset=rows(8, seed=1))
+    given = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2 * PROCESSES // processes,
+        "per_device_eval_batch_size": 2 * PROCESSES // processes,
+        "report_to": [],
+        "use_cpu": True,
+        "ddp_backend": "gloo" if processes > 1 else None,
+        **BASE,
+        **ALL_PLANS[plan],
+        **arguments,
+    }
+    if plan in SFT_PLANS:
+        from foretell.trl import SFTConfig, SFTTrainer
+
+        args = SFTConfig(mtp_enabled=True, mtp_dropout_prob=0.0, bf16=False, disable_tqdm=True, **given)
+        train_set, eval_set = (Dataset.from_list(rows(count, seed)) for count, seed in ((24, 0), (8, 1)))
+        trainer = SFTTrainer(model, args, None, train_set, eval_set, tiny_tokenizer())
+    else:
+        mtp = get_mtp_model(model, {"method": "sequential", "depth": 2, "initialisation": "copy"})
+        trainer = MTPTrainer(mtp, MTPTrainingArguments(**given), rows(24), eval_dataset=rows(8, seed=1))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     return trainer
@@ -119,8 +135,9 @@ def worker(folder: Path) -> None:
     torch.set_num_threads(1)
     allow_fsdp_on_a_cpu()
     # DDP first: FSDP arguments leave marks in the environment
-    jobs: list[tuple[str, str, dict, str | None]] = [("ddp", plan, {}, None) for plan in PLANS]
-    jobs += [("fsdp", "standalone", FSDP, None), ("fsdp", "joint", {**FSDP, **SAVING}, None)]
+    jobs: list[tuple[str, str, dict, str | None]] = [("ddp", plan, {}, None) for plan in ALL_PLANS]
+    jobs += [("fsdp", plan, FSDP, None) for plan in ("standalone", *SFT_PLANS)]
+    jobs.append(("fsdp", "joint", {**FSDP, **SAVING}, None))
     jobs.append(("fsdp-resumed", "joint", FSDP, str(folder / "fsdp-joint" / "checkpoint-2")))
     for name, plan, arguments, resume in jobs:
         trainer = train(plan, folder / f"{name}-{plan}", PROCESSES, resume, **copy.deepcopy(arguments))
@@ -158,7 +175,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, MTPT
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        alone = {plan: train(plan, tmp_path_factory.mktemp(plan), 1) for plan in PLANS}
+        alone = {plan: train(plan, tmp_path_factory.mktemp(plan), 1) for plan in ALL_PLANS}
         said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said[-6000:]
     return folder, alone
@@ -182,15 +199,18 @@ def evaluation(logs: list[dict[str, float]]) -> dict[str, float]:
     return {name: value for entry in logs for name, value in entry.items() if name.startswith("eval_")}
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ALL_PLANS)
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_equal_one(way, plan, two, one):
     about = json.loads((two / f"{way}-{plan}" / "about.json").read_text())
     assert about["processes"] == PROCESSES
-    assert about["model"] == ("DistributedDataParallel" if way == "ddp" else "FSDPMTPModel")
+    name = "FSDPSFTModel" if plan in SFT_PLANS else "FSDPMTPModel"
+    assert about["model"] == ("DistributedDataParallel" if way == "ddp" else name)
     wanted, found = steps(one[plan].state.log_history), steps(about["logs"])
     assert len(found) == len(wanted) == 4
-    names = ["loss", "mtp_loss", "grad_norm", "accuracy_1", "accuracy_2"] + (["ntp_loss"] if plan == "joint" else [])
+    names = ["loss", "mtp_loss", "grad_norm", "accuracy_1", "accuracy_2", "ntp_loss"]
+    if plan == "standalone":
+        names.remove("ntp_loss")
     for name in names:
         for step, (entry, other) in enumerate(zip(found, wanted, strict=True)):
             assert entry[name] == pytest.approx(other[name], rel=1e-5), f"{name} at step {step}"
@@ -203,11 +223,11 @@ def test_two_processes_equal_one(way, plan, two, one):
         assert found_evaluation["eval_tau"] == wanted_evaluation["eval_tau"]
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ALL_PLANS)
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_what_two_processes_save_is_whole_and_equal(way, plan, two, one):
-    folder, reference = two / f"{way}-{plan}", one[plan]._mtp()
-    if plan == "joint":
+    folder, reference = two / f"{way}-{plan}", one[plan].mtp if plan in SFT_PLANS else one[plan]._mtp()
+    if plan != "standalone":
         model = AutoModelForCausalLM.from_pretrained(folder)
         for name, tensor in model.state_dict().items():
             assert torch.allclose(tensor, reference.model.state_dict()[name], rtol=1e-4, atol=2e-6), name
@@ -222,13 +242,14 @@ def test_what_two_processes_save_is_whole_and_equal(way, plan, two, one):
     assert any(not torch.equal(tensor, start[name]) for name, tensor in loaded.module.state_dict().items())
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ALL_PLANS)
 def test_fsdp_shards_parameters_and_optimizer_states(plan, two):
     about = json.loads((two / f"fsdp-{plan}" / "about.json").read_text())
-    assert about["units"] == 1 + 2 + 2  # the whole, the target's layers and the module's, each gathered only for itself
+    # the whole, the target's layers and the module's, each gathered only for itself
+    assert about["units"] == 1 + 2 + (0 if plan in SFT_PLANS else 2)
     for what in ("parameters", "optimizer"):
         local, whole = about[what]
-        assert local < 0.6 * whole or (what, plan) == ("optimizer", "standalone"), what  # plain SGD has no states
+        assert local < 0.6 * whole or (what == "optimizer" and plan in ("standalone", "identical")), what  # SGD: none
     assert json.loads((two / f"ddp-{plan}" / "about.json").read_text())["parameters"][0] == about["parameters"][1]
 
 

@@ -24,6 +24,7 @@ LAYERS = [
     {"checkpoint", "native"},  # how a module is stored | how modules that others trained are read
     {"mtp"},  # MTPModel: the target and its module in one object
     {"training", "evaluation", "export", "serve"},  # what people run
+    {"trl"},  # the drop-in for TRL users: names of training/sft.py
     {"cli"},  # how people run it
     {"__main__"},
 ]
@@ -31,7 +32,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # heavy packages, and the only places that may import them
 RIM = {
-    "trl": {"training"},
+    "trl": {"training", "cli"},
     "peft": {"training", "export"},
     "vllm": {"export", "serve"},
     "sglang": {"export", "serve"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 97
 _SIZES = {
@@ -75,3 +76,11 @@ def tiny_model(name: str = "llama", seed: int = 0, spread: float = 3.0, **change
                 parameter.mul_(spread)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level: w0 (padding), w1 (end), w2 (unknown), w3, ..."""
+    words = {f"w{i}": i for i in range(VOCAB)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w1")

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from foretell.cli.loading import DTYPES, load_target
-from foretell.config import parse_settings, to_yaml
+from foretell.config import ConfigError, parse_settings, to_yaml
+from foretell.methods.base import METHODS, MTPConfig, config_class, load_preset
 
 
 @dataclass(kw_only=True)
@@ -16,6 +19,7 @@ class TrainSettings:
     """What `foretell train` needs beside the module's settings and the training arguments."""
 
     model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
+    method: str = field(default="sequential", metadata={"help": f"Architecture of the module: {', '.join(METHODS)}."})
     data: str = field(metadata={"help": "Training rows: JSONL, parquet, a folder of them, or a datasets name."})
     eval_data: str | None = field(
         default=None, metadata={"help": "Evaluation rows; without them the last 5 % of data."}
@@ -42,20 +46,34 @@ class TrainSettings:
 
 
 def _preset_values(name: str) -> dict[str, Any]:
-    from foretell.methods.base import load_preset
-
     loaded = load_preset(name)
-    return {**{k: v for k, v in loaded["module"].items() if k != "method"}, **loaded["training"]}
+    return {**loaded["module"], **loaded["training"]}
+
+
+def _module_settings(argv: Sequence[str]) -> type[MTPConfig]:
+    """The settings class that flags and files will be read into: which one it is stands among them."""
+    given: dict[str, str] = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--method", "--preset", "--config"):
+            given[name[2:]] = value or following
+    if Path(given.get("config", "")).is_file():
+        values = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8"))
+        given = {**(values if isinstance(values, dict) else {}), **given}
+    if given.get("preset"):
+        given.setdefault("method", load_preset(given["preset"])["module"].get("method", ""))
+    method = given.get("method", TrainSettings.method)
+    if method not in METHODS:
+        raise ConfigError([f"method: got {method!r}, wanted one of {', '.join(METHODS)}."])
+    return config_class(method)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
-    from foretell.methods.sequential import SequentialConfig
     from foretell.training.trainer import MTPTrainingArguments
 
-    settings, module, args = parse_settings(
-        [TrainSettings, SequentialConfig, MTPTrainingArguments], argv, prog="foretell train", preset=_preset_values
-    )
+    classes: list[type] = [TrainSettings, _module_settings(argv), MTPTrainingArguments]
+    settings, module, args = parse_settings(classes, argv, prog="foretell train", preset=_preset_values)
     if args.output_dir is None:
         raise ValueError(
             "output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR."

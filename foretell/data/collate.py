@@ -78,10 +78,10 @@ def to_batch(inputs: Mapping[str, Tensor]) -> Batch:
         ValueError: tensors whose shapes differ from input_ids' [B, T].
     """
     input_ids_BT = inputs["input_ids"]
-    names = ("labels", "document_ids", "position_ids", "attention_mask", "hidden_states")
+    names = ("labels", "document_ids", "position_ids", "attention_mask", "hidden_states", "mtp_labels")
     given = {name: inputs.get(name) for name in names}
     for name, tensor in given.items():
-        shape = None if tensor is None else tensor.shape[:2] if name == "hidden_states" else tensor.shape
+        shape = None if tensor is None else tensor.shape[:2] if name in names[-2:] else tensor.shape
         if shape is not None and shape != input_ids_BT.shape:
             raise ValueError(f"{name}: got the shape {tuple(shape)}, wanted input_ids' {tuple(input_ids_BT.shape)}.")
     document_BT, position_BT = given["document_ids"], given["position_ids"]
@@ -100,6 +100,7 @@ def to_batch(inputs: Mapping[str, Tensor]) -> Batch:
         document_BT=document_BT,
         position_ids_BT=position_BT,
         hidden_BTD=given["hidden_states"],
+        mtp_labels_BTK=given["mtp_labels"],
     )
 
 

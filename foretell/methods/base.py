@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from foretell.config import ConfigError, from_dict
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
-from foretell.ops.shift import future_labels
+from foretell.ops.shift import labels_of
 from foretell.types import IGNORE_INDEX, Batch, LossSum
 
 METHODS = {
     "sequential": "foretell.methods.sequential:SequentialConfig",
+    "heads": "foretell.methods.heads:HeadsConfig",
 }
 
 GradientMode = Literal["disabled", "standalone", "joint"]
@@ -134,7 +135,7 @@ class MTPModule(nn.Module):
 
     def labels(self, batch: Batch) -> Tensor:
         """[B, T, K] labels of the depths, IGNORE_INDEX where a depth has nothing to learn."""
-        return future_labels(batch.labels_BT, batch.document_BT, self.config.depth)
+        return labels_of(batch, self.config.depth)
 
     def losses(
         self, target: Target, batch: Batch, rows: TargetRows, *, detach: bool, supervision: Supervision, kind: LossKind

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foretell.types import IGNORE_INDEX, PAD_DOCUMENT
+from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch
 
 
 def ahead(values_BT: Tensor, k: int, document_BT: Tensor, fill: float | int | bool) -> tuple[Tensor, Tensor]:
@@ -77,6 +77,27 @@ def future_labels(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
             "Lower the depth or use longer rows."
         )
     return torch.stack([ahead(labels_BT, 1 + k, document_BT, IGNORE_INDEX)[0] for k in range(1, depth + 1)], dim=-1)
+
+
+def labels_of(batch: Batch, depth: int) -> Tensor:
+    """[B, T, K] labels of a micro-batch's depths: those that it brings, else as future_labels.
+
+    A row too short for a depth has no label there: one short row among many is no error, a depth that fits no row is
+    refused before training.
+
+    Raises:
+        ValueError: the batch brings labels for another number of depths.
+    """
+    given_BTK = batch.mtp_labels_BTK
+    if given_BTK is not None:
+        if given_BTK.shape != (*batch.labels_BT.shape, depth):
+            raise ValueError(
+                f"mtp_labels: got the shape {tuple(given_BTK.shape)}, wanted {(*batch.labels_BT.shape, depth)}: make "
+                f"the collator with num_predictions={depth}."
+            )
+        return given_BTK
+    depths = range(1, depth + 1)
+    return torch.stack([ahead(batch.labels_BT, 1 + k, batch.document_BT, IGNORE_INDEX)[0] for k in depths], dim=-1)
 
 
 def _check_rows(values_BT: Tensor, document_BT: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foretell.methods.base import DepthWeights
 from foretell.ops.losses import depth_weights
-from foretell.ops.shift import future_labels, next_labels
+from foretell.ops.shift import labels_of, next_labels
 from foretell.types import IGNORE_INDEX, Batch
 
 
@@ -20,7 +20,7 @@ def count_labels(batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_siz
 
     draft_ids_M: with a reduced draft vocabulary a label outside it is not counted.
     """
-    labels_BTK = future_labels(batch.labels_BT, batch.document_BT, depth)
+    labels_BTK = labels_of(batch, depth)
     valid_BTK = labels_BTK != IGNORE_INDEX
     if draft_ids_M is not None:
         drafted_V = torch.zeros(vocab_size, dtype=torch.bool, device=labels_BTK.device)

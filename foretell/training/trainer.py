@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.training.budget import TimeBudget
 from foretell.training.objective import count_labels, objective
-from foretell.types import IGNORE_INDEX
+from foretell.training.tau import decoded_tau
 
 
 @dataclass
@@ -290,25 +289,8 @@ class MTPTrainer(Trainer):
                 "tau is not measured while parameters are sharded: decode the saved module instead.", stacklevel=2
             )
             return {}
-        prompts = [p for p in (_prompt_of(row) for row in (self.eval_dataset or [])[: self.args.eval_prompts]) if p]
-        if not prompts:
-            return {}
-        width = max(len(p) for p in prompts)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        out = self._mtp().generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=self.args.eval_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
-        stats = out.stats
-        found = {"tau": stats.tau, "mean_accepted": stats.mean_accepted}
-        found |= {f"accept_at_{k}": a for k, a in enumerate(stats.accept_at, start=1)}
-        found |= {f"accept_given_{k}": a for k, a in enumerate(stats.accept_given, start=1)}
-        self._mtp().target.release()
-        return found
+        args: MTPTrainingArguments = self.args  # type: ignore[assignment]
+        return decoded_tau(self._mtp(), self.eval_dataset, args.eval_prompts, args.eval_new_tokens)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -371,13 +353,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, json.JSONDecodeError):
             warnings.warn(f"{folder} was not written to its end and is passed over.", stacklevel=2)
     return None
-
-
-def _prompt_of(row: dict[str, Any]) -> list[int]:
-    """The tokens before the first trained one."""
-    labels: Sequence[int] = list(row["labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
-    return list(row["input_ids"])[: max(first, 0)] or list(row["input_ids"])[: max(len(labels) // 2, 1)]
 
 
 def _pad_token(tokenizer: Any, model: MTPModel) -> int:

@@ -1,0 +1,332 @@
+"""Parallel heads: depth k is a head of its own on the target's state at t, and predicts token t + 1 + k.
+
+The head types of TRL's proposed MTP, Medusa's (arXiv 2401.10774) and Meta's (arXiv 2404.19737). Heads do not see each
+other's guesses: cheap to draft, so that trees of several guesses a head pay (decoding/trees.py).
+"""
+
+# B sequences, T positions, R rows of a step, K depths, D hidden width, V vocabulary, M draft vocabulary, S guesses.
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from foretell.methods.base import MTPConfig, MTPModule
+from foretell.models.attention import RowMasks
+from foretell.models.fast import fast_view
+from foretell.models.mtp_heads import HeadType, InitStrategy, MTPHead
+from foretell.models.slot_cache import SlotCache
+from foretell.models.target import Target, TargetRows
+from foretell.types import Batch, Draft, SequenceState, Worth
+
+SHARED_FROM = 65536  # tokens: larger vocabularies share the target's output matrix unless told otherwise
+GUESSES = 4  # likeliest tokens a head offers to num_draft_tokens="auto", which keeps those that pay
+LEAST = 0.02  # a guess less likely than this is not offered
+
+
+@dataclass(kw_only=True)
+class HeadsConfig(MTPConfig):
+    """Settings of parallel heads. depth=K heads predict K tokens BEYOND the ordinary next one."""
+
+    method: ClassVar[str] = "heads"
+    depth: int = field(default=2, metadata={"help": "K: how many tokens beyond the ordinary next one are predicted."})
+    hidden_source: Literal["post_norm", "pre_norm"] | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "The target's states after or before its final norm; by default after, for layer before."},
+    )
+    head_type: HeadType = field(default="linear", metadata={"help": "What stands between state and output matrix."})
+    num_layers: int = field(default=1, metadata={"help": "Layers of each head."})
+    init_strategy: InitStrategy = field(
+        default="default", metadata={"help": "How weights start; copy_lm_head copies the target's output matrix."}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "Of the states that heads read, and inside heads."})
+    share_unembedding: bool | None = field(
+        default=None,
+        metadata={"help": f"All heads use the target's output matrix; by default from {SHARED_FROM:,} tokens on."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.hidden_source is None:
+            self.hidden_source = "pre_norm" if self.head_type == "layer" else "post_norm"
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """See MTPConfig."""
+        found = super().problems()
+        if not isinstance(self.num_layers, int) or self.num_layers < 1:
+            found.append(f"num_layers: got {self.num_layers!r}, wanted an integer of at least 1.")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout: got {self.dropout}, wanted at least 0 and below 1.")
+        if self.head_type == "identical" and self.num_layers != 1:
+            found.append(f"num_layers: got {self.num_layers}, but an identical head is one matrix, as the lm_head is.")
+        if self.head_type == "identical" and self.share_unembedding:
+            found.append("share_unembedding: an identical head IS an output matrix of its own; use head_type='linear'.")
+        if self.head_type == "layer" and self.share_unembedding is False:
+            found.append("share_unembedding: got False, but head_type='layer' always shares the output matrix (Meta).")
+        return found
+
+    def shares(self, vocabulary: int) -> bool:
+        """Whether the target's output matrix serves all heads."""
+        if self.head_type in ("identical", "layer"):
+            return self.head_type == "layer"
+        return vocabulary >= SHARED_FROM if self.share_unembedding is None else self.share_unembedding
+
+    def build(self, target: Target) -> HeadsModule:
+        """The heads for a target, initialised."""
+        return HeadsModule(self, target)
+
+
+class HeadsModule(MTPModule):
+    """One MTPHead a depth."""
+
+    config: HeadsConfig
+
+    def __init__(self, config: HeadsConfig, target: Target) -> None:
+        super().__init__(config, target)
+        self.shared = config.shares(target.vocab_size)
+        size = config.draft_vocab_size or target.vocab_size
+        self.heads = nn.ModuleList(
+            MTPHead(
+                target,
+                config.head_type,
+                layers=config.num_layers,
+                dropout=config.dropout,
+                shared=self.shared,
+                vocabulary=size,
+                init=config.init_strategy,
+            )
+            for _ in range(config.depth)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        # medusa's output matrices are always copies; the target's own is read here once, and again when the draft
+        # vocabulary is chosen, before anything was trained
+        self.copies = not self.shared and (config.init_strategy == "copy_lm_head" or config.head_type == "medusa")
+        self._target_head = weakref.ref(target.head)  # not a part of this module, nor of its copies
+        self._copy_head()
+
+    @torch.no_grad()
+    def _copy_head(self) -> None:
+        if not self.copies:
+            return
+        target_head = self._target_head()
+        assert target_head is not None, "the target outlives its module"
+        weight, bias = target_head.weight, getattr(target_head, "bias", None)
+        ids = slice(None) if self.draft_vocab_ids is None else self.draft_vocab_ids
+        for head in self.heads:
+            head.output.weight.copy_(weight[ids])
+            if bias is not None:
+                head.output.bias.copy_(bias[ids])
+
+    def set_draft_vocabulary(self, ids_M: Tensor) -> None:
+        """See MTPModule; copies of the output matrix follow."""
+        super().set_draft_vocabulary(ids_M)
+        self._copy_head()
+
+    def depth_states(
+        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
+    ) -> Iterator[Tensor]:
+        """See MTPModule. Heads that attend are computed again in the backward pass: memory does not grow with K."""
+        hidden_BTD = self.dropout(source_BTD)
+        for head in self.heads[: depths or self.config.depth]:
+            head.masks.begin_text(batch.document_BT)
+            dtype = next(head.parameters()).dtype  # fp32 master weights may stand beside a bf16 target
+            places = None
+            if hasattr(head.body, "layer_type"):
+                places = target.position_embeddings(hidden_BTD, batch.position_ids_BT, head.body.layer_type)
+            arguments = (hidden_BTD.to(dtype), batch.position_ids_BT, places)
+            if self.training and torch.is_grad_enabled() and head.body.reach is None:
+                state_BTD = checkpoint(head.body, *arguments, use_reentrant=False)
+            else:
+                state_BTD = head.body(*arguments)
+            yield state_BTD.to(source_BTD.dtype)
+
+    def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:
+        """See MTPModule: the head's own output matrix where it has one."""
+        if self.shared:
+            return self.target_head(target, detach)
+        output = self.heads[depth - 1].output
+        return output.weight, output.bias
+
+    def drafter(self, target: Target, sample: bool = False) -> HeadsDrafter:
+        """A drafter over the heads' current weights; sample: draw drafts from their distributions instead of argmax."""
+        return HeadsDrafter(self, target, sample)
+
+
+class HeadsDrafter:
+    """All heads read the newest state at once: their likeliest tokens are a chain, or a tree of several guesses.
+
+    Heads that look back keep keys and values of their own (mha_ffn, layer) or read the few states before (cnn).
+    """
+
+    name = "mtp"
+
+    def __init__(self, module: HeadsModule, target: Target, sample: bool = False) -> None:
+        self.module, self.target, self.sample = module, target, sample
+        self.generator: torch.Generator | None = None
+        self.longest = module.config.depth
+        self.tree: list[tuple[int, ...]] | None = None  # guesses by rank (decoding/trees.py); None is a chain
+        self._view = fast_view(module)
+        self._masks = RowMasks()
+        self._masks.hang_on(self._view)
+        self._head = self._shared_head()
+        self.slots = self.capacity = 0
+        self.calls = 0  # rounds in which heads were read, for tests and reports
+
+    def _shared_head(self) -> nn.Module | None:
+        if not self.module.shared:
+            return None
+        if self.module.draft_vocab_ids is None:
+            return self.target.view().get_output_embeddings()
+        weight, bias = self.module.target_head(self.target, detach=True)
+        small = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        small.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            small.bias = nn.Parameter(bias, requires_grad=False)
+        return fast_view(nn.Sequential(small))[0]
+
+    def open(self, slots: int, capacity: int) -> None:
+        """See Drafter."""
+        if (slots, capacity) == (self.slots, self.capacity):
+            return
+        self.slots, self.capacity = slots, capacity
+        D, like = self.target.hidden_size, self.target
+        self._states = torch.zeros(slots * capacity + 1, D, device=like.device, dtype=like.dtype)
+        self._caches = [SlotCache(slots, capacity) for _ in self.module.heads]
+        self._done = [0] * slots
+
+    def start(self, slot: int) -> None:
+        """A new sequence takes this slot."""
+        self._done[slot] = 0
+
+    def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
+        """See Drafter."""
+        hidden_BRD = self.module.source(rows)
+        for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
+            start = sequence.slot * self.capacity + sequence.cached - len(path)
+            self._states[start : start + len(path)] = hidden_BRD[b, path]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See Drafter."""
+        C = self.capacity
+        self._states[target * C : target * C + length] = self._states[source * C : source * C + length]
+        for cache in self._caches:
+            cache.move(source, target, length)
+        self._done[target] = self._done[source]
+
+    @torch.no_grad()
+    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
+        """See Drafter. One reading of the heads serves all depths, so worth is asked once; with it, several guesses a
+        depth are offered and the caller keeps those that pay."""
+        drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
+        asked = [
+            min(n, self.longest) if s.cached and (worth is None or worth(self.name, b, drafts[b])) else 0
+            for b, (s, n) in enumerate(zip(sequences, lengths, strict=True))
+        ]
+        depth = max(asked, default=0)
+        if depth == 0:
+            return drafts
+        self.calls += 1
+        probs_BKM = torch.softmax(self._logits(sequences, depth).float(), dim=-1)
+        if self.sample:
+            self._draw(drafts, probs_BKM, asked)
+            return drafts
+        guesses = GUESSES if worth is not None else max((c[-1] + 1 for c in self.tree), default=1) if self.tree else 1
+        best = probs_BKM.topk(min(guesses, probs_BKM.shape[-1]), dim=-1)
+        ids = self.module.draft_vocab_ids
+        tokens_BKS = (best.indices if ids is None else ids[best.indices]).tolist()
+        for b, (tokens, confidence) in enumerate(zip(tokens_BKS, best.values.tolist(), strict=True)):
+            fill = self._offer if worth is not None else self._lay_out
+            fill(drafts[b], tokens[: asked[b]], confidence[: asked[b]])
+        return drafts
+
+    def _add(self, draft: Draft, token: int, parent: int, confidence: float) -> int:
+        draft.tokens.append(token)
+        draft.parents.append(parent)
+        draft.confidence.append(confidence)
+        draft.sources.append(self.name)
+        return len(draft.tokens) - 1
+
+    def _lay_out(self, draft: Draft, tokens_KS: list[list[int]], confidence_KS: list[list[float]]) -> None:
+        """The tree of ranks given by the caller, or a chain of first guesses."""
+        tree = self.tree or [(0,) * k for k in range(1, len(tokens_KS) + 1)]
+        at: dict[tuple[int, ...], int] = {(): -1}
+        for ranks in tree:
+            k = len(ranks) - 1
+            if k < len(tokens_KS) and ranks[:-1] in at:
+                at[ranks] = self._add(draft, tokens_KS[k][ranks[-1]], at[ranks[:-1]], confidence_KS[k][ranks[-1]])
+
+    def _offer(self, draft: Draft, tokens_KS: list[list[int]], confidence_KS: list[list[float]]) -> None:
+        """Guesses of every depth below the first guess of the depth before."""
+        parent = -1
+        for tokens, confidence in zip(tokens_KS, confidence_KS, strict=True):
+            first = parent
+            for rank, (token, chance) in enumerate(zip(tokens, confidence, strict=True)):
+                if rank == 0:
+                    first = self._add(draft, token, parent, chance)
+                elif chance >= LEAST:
+                    self._add(draft, token, parent, chance)
+            parent = first
+
+    def _draw(self, drafts: list[Draft], probs_BKM: Tensor, asked: list[int]) -> None:
+        ids = self.module.draft_vocab_ids
+        for b, draft in enumerate(drafts):
+            for k in range(asked[b]):
+                probs_M = probs_BKM[b, k]
+                chosen = int(torch.multinomial(probs_M, 1, generator=self.generator))
+                self._add(draft, chosen if ids is None else int(ids[chosen]), k - 1, float(probs_M[chosen]))
+                full_V = probs_M
+                if ids is not None:
+                    full_V = probs_M.new_zeros(self.target.vocab_size).index_copy_(0, ids, probs_M)
+                draft.probs.append(full_V)
+
+    def _logits(self, sequences: Sequence[SequenceState], depth: int) -> Tensor:
+        """[B, depth, M]: what each head says at each sequence's newest state."""
+        states = []
+        for k, head in enumerate(self._view.heads[:depth]):
+            reach = head.body.reach
+            new = [s.cached - self._done[s.slot] if reach is None else min(s.cached, reach + 1) for s in sequences]
+            states.append(self._newest(head, self._caches[k], sequences, new))
+        if self._view.heads[0].body.reach is None:
+            if depth < len(self._view.heads):  # the others' caches must not fall behind
+                for k in range(depth, len(self._view.heads)):
+                    new = [s.cached - self._done[s.slot] for s in sequences]
+                    self._newest(self._view.heads[k], self._caches[k], sequences, new)
+            for s in sequences:
+                self._done[s.slot] = s.cached
+        if self._head is not None:
+            return self.target.scaled(self._head(torch.stack(states, dim=1)))
+        outputs = [head.output(state_BD) for head, state_BD in zip(self._view.heads, states, strict=False)]
+        return self.target.scaled(torch.stack(outputs, dim=1))
+
+    def _newest(self, head: MTPHead, cache: SlotCache, sequences: Sequence[SequenceState], new: list[int]) -> Tensor:
+        """[B, D]: the head's body over the newest new[b] states of each sequence, its last row."""
+        out, b = [], 0
+        device = self.target.device
+        while b < len(sequences):
+            end = b + 1  # neighbours with as many new rows share a forward
+            while end < len(sequences) and new[end] == new[b]:
+                end += 1
+            group, R = sequences[b:end], max(new[b], 1)
+            lengths_B = torch.tensor([s.cached - R for s in group], device=device)
+            positions_BR = lengths_B[:, None] + torch.arange(R, device=device)
+            slots_B = torch.tensor([s.slot * self.capacity for s in group], device=device)
+            hidden_BRD = self._states[slots_B[:, None] + positions_BR]
+            places = None
+            if head.body.reach is None:
+                visible = max(s.cached for s in group)
+                cache.begin(group[0].slot, lengths_B, None, R, visible)
+                self._masks.begin(lengths_B, visible, R, full=R == 1 and len(group) == 1)
+                if hasattr(head.body, "layer_type"):
+                    places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type)
+            dtype = next(head.parameters(), hidden_BRD).dtype
+            own_cache = cache if head.body.reach is None else None
+            state_BRD = head.body(hidden_BRD.to(dtype), positions_BR, places, own_cache)
+            out.append(state_BRD[:, -1].to(hidden_BRD.dtype))
+            b = end
+        return torch.cat(out)

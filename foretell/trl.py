@@ -1,0 +1,5 @@
+"""Drop-in for TRL users: `from foretell.trl import SFTConfig, SFTTrainer` instead of `from trl import ...`."""
+
+from foretell.training.sft import DataCollatorForMTPLanguageModeling, SFTConfig, SFTTrainer
+
+__all__ = ["DataCollatorForMTPLanguageModeling", "SFTConfig", "SFTTrainer"]

@@ -25,7 +25,7 @@ from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
-from foretell.ops.shift import next_labels
+from foretell.ops.shift import check_depth, next_labels
 from foretell.types import Drafter, LossSum
 
 LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
@@ -121,6 +121,7 @@ class MTPModel(nn.Module):
         inputs as made by MTPCollator. Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth}.
         """
         batch = to_batch(inputs)
+        check_depth(self.mtp_config.depth, batch.input_ids_BT.shape[1])
         detach = mtp_training_mode != "joint"
         if batch.hidden_BTD is not None:
             rows = self._kept_rows(batch.hidden_BTD)

@@ -270,6 +270,8 @@ def test_deepspeed_is_asked_for_by_transformers_own_words(tmp_path):
     else:
         pytest.skip("deepspeed is installed: its own runs are what to test then")
     config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
-    for arguments in (TrainingArguments, MTPTrainingArguments):  # the same way in, the same words
+    from foretell.trl import SFTConfig
+
+    for arguments in (TrainingArguments, MTPTrainingArguments, SFTConfig):  # the same way in, the same words
         with pytest.raises(ImportError, match="deepspeed"):
             arguments(output_dir=str(tmp_path), deepspeed=config, use_cpu=True)

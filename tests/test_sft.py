@@ -21,7 +21,7 @@ from drafters import leaning_model
 from peft import LoraConfig, PeftModel
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from foretell.cli import main
 from foretell.mtp import MTPModel
@@ -319,6 +319,32 @@ def test_medusa_2_with_an_adapter(tmp_path):
     assert rates == {True: 4e-2, False: 1e-2}
     stay = column(made, "stay_loss")
     assert stay[:4] == pytest.approx([0.0] * 4, abs=1e-6) and stay[-1] > 1e-6, "untouched until its adapter moves"
+
+
+def test_qlora(tmp_path):
+    """Heads beside an adapter on a model of four bits; both are stored and load again."""
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bits, device_map="cpu")
+
+    made = trainer(
+        tmp_path, model=load(), peft_config=LoraConfig(**LORA), save_strategy="steps", save_steps=3, learning_rate=1e-2
+    )
+    assert type(made.mtp.target.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    before = copied(made.mtp.module)
+    made.train()
+    assert changed(made.mtp.module, before) == set(before)
+    folder = tmp_path / "checkpoint-3"
+    adapted = PeftModel.from_pretrained(load(), folder).eval()
+    mtp = MTPModel.from_pretrained(adapted, folder)
+    ids = torch.arange(3, 9)[None]
+    wanted = adapted.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    for n in (0, 2):
+        assert torch.equal(mtp.generate(ids, max_new_tokens=12, do_sample=False, num_draft_tokens=n), wanted)
+    made.mtp.eval()
+    assert torch.equal(made.mtp.generate(ids, max_new_tokens=12, do_sample=False), wanted)
 
 
 def test_untouched_needs_an_adapter(tmp_path):

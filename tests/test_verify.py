@@ -185,7 +185,7 @@ def _one_thread():
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_samples_follow_the_target(drafter):
-    assert p_value(two_tokens(verify, drafter, DRAWS, seed=1)) > LEAST_P
+    assert p_value(two_tokens(verify, drafter, DRAWS // 2, seed=1)) > LEAST_P
 
 
 def keeps_every_draft(draft: Draft, scores_RV: Tensor, do_sample: bool, generator: torch.Generator) -> Verdict:

@@ -70,13 +70,17 @@ def future_labels(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
         ValueError: depth is not in [1, T - 2]: no position would have a label at the deepest depth.
     """
     _check_rows(labels_BT, document_BT)
-    T = labels_BT.shape[1]
+    check_depth(depth, labels_BT.shape[1])
+    return torch.stack([ahead(labels_BT, 1 + k, document_BT, IGNORE_INDEX)[0] for k in range(1, depth + 1)], dim=-1)
+
+
+def check_depth(depth: int, T: int) -> None:
+    """ValueError unless some position of a row of T tokens has a label at the deepest depth."""
     if not 1 <= depth <= T - 2:
         raise ValueError(
             f"depth must be in [1, T-2] = [1, {T - 2}] for rows of T={T} tokens, got {depth}. "
             "Lower the depth or use longer rows."
         )
-    return torch.stack([ahead(labels_BT, 1 + k, document_BT, IGNORE_INDEX)[0] for k in range(1, depth + 1)], dim=-1)
 
 
 def labels_of(batch: Batch, depth: int) -> Tensor:

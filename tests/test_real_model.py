@@ -52,6 +52,21 @@ def test_greedy_equals_transformers_one_by_one_and_in_a_batch(smol, prompts, ref
         assert answer == wanted[len(prompt) :]
 
 
+@pytest.mark.parametrize("kind", ["medusa", "mha_ffn"])
+def test_heads_and_trees_are_lossless_too(smol, prompts, references, kind):
+    from foretell import cartesian_tree
+
+    model, _ = smol
+    settings = {"method": "heads", "depth": 2, "head_type": kind, "draft_vocab_size": 2048, "share_unembedding": True}
+    mtp = get_mtp_model(model, settings)
+    for ids, wanted in zip(prompts[:2], references, strict=False):
+        for tree in (None, cartesian_tree([3, 2])):
+            out = mtp.generate(
+                torch.tensor([ids]), max_new_tokens=24, do_sample=False, num_draft_tokens=2, draft_tree=tree
+            )
+            assert out[0].tolist() == wanted
+
+
 def test_a_minute_of_training_is_accepted_and_survives_a_reload(smol, tmp_path):
     """Overfit on a few of the target's own answers: the drafts of those answers must then be accepted."""
     from foretell import MTPTrainer, MTPTrainingArguments

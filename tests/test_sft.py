@@ -517,3 +517,30 @@ def test_examples_run(name, stored, tmp_path, monkeypatch):
 
 def test_every_example_is_tested():
     assert {path.stem for path in FOLDER.glob("sft_*.py")} == set(EXAMPLES)
+
+
+def test_metrics_over_logits_still_work(tmp_path):
+    """compute_metrics makes TRL ask for the logits in a second forward: the losses stay those of the first."""
+    seen = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions.shape)
+        return {"mean": float(prediction.predictions.mean())}
+
+    losses = {}
+    for name, more in {"without": {}, "with": {"compute_metrics": metrics}}.items():
+        args = SFTConfig(output_dir=str(tmp_path), mtp_enabled=True, mtp_dropout_prob=0.0, eval_prompts=0, **QUIET)
+        made = SFTTrainer(
+            model=tiny_model(), args=args, train_dataset=rows(4), eval_dataset=rows(4, seed=1),
+            processing_class=tiny_tokenizer(), **more,
+        )  # fmt: skip
+        losses[name] = made.evaluate()["eval_mtp_loss"]
+    assert seen and seen[0][-1] == VOCAB and losses["with"] == losses["without"]
+
+
+def test_several_evaluation_sets(tmp_path):
+    made = trainer(
+        tmp_path, eval_dataset={"a": rows(4, seed=1), "b": rows(4, seed=2)}, eval_new_tokens=4, eval_prompts=2
+    )
+    metrics = made.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_a_tau", "eval_b_tau"} <= set(metrics)

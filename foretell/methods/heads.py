@@ -196,7 +196,10 @@ class HeadsDrafter:
             return
         self.slots, self.capacity = slots, capacity
         D, like = self.target.hidden_size, self.target
-        self._states = torch.zeros(slots * capacity + 1, D, device=like.device, dtype=like.dtype)
+        # heads that look back a little need the newest states only: a ring a slot
+        reach = self.module.heads[0].body.reach
+        self._kept = capacity if reach is None else min(reach + 1, capacity)
+        self._states = torch.zeros(slots * self._kept, D, device=like.device, dtype=like.dtype)
         self._caches = [SlotCache(slots, capacity) for _ in self.module.heads]
         self._done = [0] * slots
 
@@ -208,13 +211,15 @@ class HeadsDrafter:
         """See Drafter."""
         hidden_BRD = self.module.source(rows)
         for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
-            start = sequence.slot * self.capacity + sequence.cached - len(path)
-            self._states[start : start + len(path)] = hidden_BRD[b, path]
+            path = path[-self._kept :]
+            places = torch.arange(sequence.cached - len(path), sequence.cached, device=self._states.device)
+            self._states[sequence.slot * self._kept + places % self._kept] = hidden_BRD[b, path]
 
     def move(self, source: int, target: int, length: int) -> None:
         """See Drafter."""
-        C = self.capacity
-        self._states[target * C : target * C + length] = self._states[source * C : source * C + length]
+        n = min(length, self._kept)
+        old, new = source * self._kept, target * self._kept
+        self._states[new : new + n] = self._states[old : old + n]
         for cache in self._caches:
             cache.move(source, target, length)
         self._done[target] = self._done[source]
@@ -315,8 +320,8 @@ class HeadsDrafter:
             group, R = sequences[b:end], max(new[b], 1)
             lengths_B = torch.tensor([s.cached - R for s in group], device=device)
             positions_BR = lengths_B[:, None] + torch.arange(R, device=device)
-            slots_B = torch.tensor([s.slot * self.capacity for s in group], device=device)
-            hidden_BRD = self._states[slots_B[:, None] + positions_BR]
+            slots_B = torch.tensor([s.slot * self._kept for s in group], device=device)
+            hidden_BRD = self._states[slots_B[:, None] + positions_BR % self._kept]
             places = None
             if head.body.reach is None:
                 visible = max(s.cached for s in group)

@@ -12,6 +12,7 @@ passed by) -> objective, here in compute_loss.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,7 +58,7 @@ class SFTConfig(trl.SFTConfig):
         default="uniform", metadata={"help": "Weights of the depths: uniform, harmonic (1, 1/2, 1/3) or exponential."}
     )
     mtp_depth_beta: float = field(default=0.6, metadata={"help": "Base of exponential depth weights (Medusa: 0.8)."})
-    mtp_method: Literal["heads", "sequential"] = field(
+    mtp_method: str = field(
         default="heads", metadata={"help": f"Architecture of the module: {', '.join(METHODS)}."}
     )
     mtp_training_mode: GradientMode = field(
@@ -179,9 +180,11 @@ class SFTModel(MTPModel):
 
     def forward(self, mtp_labels: Tensor | None = None, **inputs: Any) -> ModelOutput:  # type: ignore[override]
         """TRL's outputs of the target; the module's losses are left in `losses`, and in the outputs as tensors, where
-        DDP and FSDP look for what will be differentiated.
+        DDP and FSDP look for what will be differentiated. Without fused_lm_head TRL wants logits and no loss.
         """
         args, training = self.args, self.training
+        if not inputs.get("fused_lm_head"):
+            return self.model(**inputs)
         with nullcontext() if args.trains_target else torch.no_grad(), self._passing_by() as states:
             out = self.model(**inputs)
         rows = TargetRows(states["post"], states["pre"])
@@ -249,18 +252,19 @@ class SFTTrainer(trl.SFTTrainer):
     def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any) -> None:
         enabled = isinstance(args, SFTConfig) and args.mtp_enabled
         if enabled:
-            self._refuse(args, kwargs)
+            given = inspect.signature(trl.SFTTrainer.__init__).bind(self, model, args, *more, **kwargs)
+            self._refuse(args, given.arguments)
         super().__init__(model, args, *more, **kwargs)
         self.mtp: SFTModel | None = None
         if enabled:
             self._add_module()
 
     @staticmethod
-    def _refuse(args: SFTConfig, kwargs: dict[str, Any]) -> None:
+    def _refuse(args: SFTConfig, given: dict[str, Any]) -> None:
         found = []
-        if (kwargs.get("optimizers") or (None, None))[0] is not None:
+        if (given.get("optimizers") or (None, None))[0] is not None:
             found.append("optimizers: got one, which cannot hold the module's parameters: they do not exist yet")
-        if kwargs.get("compute_loss_func") is not None:
+        if given.get("compute_loss_func") is not None:
             found.append("compute_loss_func: with mtp_enabled the loss is TRL's own plus the module's")
         if args.label_smoothing_factor > 0:
             found.append("label_smoothing_factor: TRL then runs the model twice a step; wanted 0 with mtp_enabled")
@@ -398,8 +402,9 @@ class SFTTrainer(trl.SFTTrainer):
         """TRL's metrics, and tau, accept_at and accept_given by decoding prompts of the evaluation rows."""
         metrics = super().evaluate(*args, **kwargs)
         if self.mtp is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            rows = self.eval_dataset
-            rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+            rows = self.eval_dataset  # a name among several says which; what is given to this call alone is not decoded
+            name = args[0] if args else kwargs.get("eval_dataset")
+            rows = rows[name if isinstance(name, str) else next(iter(rows))] if isinstance(rows, dict) else rows
             prompts, tokens = self.mtp.args.eval_prompts, self.mtp.args.eval_new_tokens
             prefix = kwargs.get("metric_key_prefix", "eval")
             found = {f"{prefix}_{n}": v for n, v in decoded_tau(self.mtp, rows, prompts, tokens).items()}

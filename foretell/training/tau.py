@@ -15,9 +15,11 @@ def decoded_tau(mtp: MTPModel, rows: Any, prompts: int, new_tokens: int) -> dict
     """tau, mean_accepted, accept_at_k and accept_given_k over the prompts of the first rows, decoded greedily.
 
     rows: encoded (input_ids, labels); what stands before the first label is the prompt, of rows without one the first
-    half. Empty if there are none.
+    half. Empty if there are none, or if they are a stream.
     """
-    found = [p for p in (prompt_of(rows[i]) for i in range(min(prompts, len(rows or [])))) if p]
+    if rows is None or not hasattr(rows, "__len__"):  # a stream has no first rows to come back to
+        return {}
+    found = [p for p in (prompt_of(rows[i]) for i in range(min(prompts, len(rows)))) if p]
     if not found:
         return {}
     width = max(len(p) for p in found)

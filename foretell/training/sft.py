@@ -58,9 +58,7 @@ class SFTConfig(trl.SFTConfig):
         default="uniform", metadata={"help": "Weights of the depths: uniform, harmonic (1, 1/2, 1/3) or exponential."}
     )
     mtp_depth_beta: float = field(default=0.6, metadata={"help": "Base of exponential depth weights (Medusa: 0.8)."})
-    mtp_method: str = field(
-        default="heads", metadata={"help": f"Architecture of the module: {', '.join(METHODS)}."}
-    )
+    mtp_method: str = field(default="heads", metadata={"help": f"Architecture of the module: {', '.join(METHODS)}."})
     mtp_training_mode: GradientMode = field(
         default="joint", metadata={"help": "disabled, standalone (the model is untouched to the bit) or joint."}
     )

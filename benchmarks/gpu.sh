@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One command for one machine: tests under -m gpu, the demo in fp32 (and bf16 on a GPU), the undrafted decoder and drafting
-# against transformers at batch 1, 4, 16, training tokens a second, peak memory. Writes results/machine-<date>.json.
+# One command for one machine: tests under -m gpu, then in fp32 (and bf16 on a GPU) the undrafted decoder and drafting
+# against transformers at batch 1, 4, 16, training tokens a second, peak memory. Writes results/machine.json.
 # Under nine minutes on one GPU; on a CPU it runs to the end too, in small.
 set -euo pipefail
 cd "$(dirname "$0")/.."

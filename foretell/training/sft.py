@@ -349,15 +349,21 @@ class SFTTrainer(trl.SFTTrainer):
         gathered = self.accelerator.gather(torch.stack([*named.values()])[None]).mean(0).tolist()
         for name, value in zip(named, gathered, strict=True):
             metrics[f"{name}_loss"].append(value * steps * ranks)
-        weight = self.mtp.args.mtp_loss_weight  # type: ignore[union-attr]
-        total = named.get("stay", ntp)
-        both = self.accelerator.gather((total + weight * parts["mtp"])[None]).mean()
-        metrics["train_loss"].append(float(both) * steps * ranks)
+        if self.mtp.training:  # type: ignore[union-attr]
+            values = dict(zip(named, gathered, strict=True))
+            both = values.get("stay", values["ntp"]) + self.mtp.args.mtp_loss_weight * values["mtp"]  # type: ignore[union-attr]
+            metrics["train_loss"].append(both * steps * ranks)
         hits_K2 = torch.stack([torch.stack([loss.correct, loss.count]) for loss in depths]).detach().float()
         hits_K2 = self.accelerator.reduce(hits_K2, "sum")
         for k, (correct, count) in enumerate(hits_K2.tolist(), start=1):
             if count:
                 metrics[f"accuracy_{k}"].append(correct / count)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; the run's mean train_loss, logged last, is not overwritten by that of the last steps."""
+        if "train_runtime" in logs:
+            self._metrics["train"].pop("train_loss", None)
+        super().log(logs, start_time)
 
     # -- optimizer -----------------------------------------------------------------------------------------------------
 

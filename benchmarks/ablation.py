@@ -8,6 +8,7 @@ nothing. One seed unless --seeds says more.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,14 +90,18 @@ def main() -> None:
     model, tokenizer = load_model(settings.model, Path("runs/ablation/model"))
     store = HiddenStore.load(settings.answers)
     result: dict[str, Any] = {"provenance": provenance(sys.argv), "steps": settings.steps, "arms": {}}
+    path = Path(settings.output)
+    if path.is_file():  # an interrupted comparison goes on
+        before = json.loads(path.read_text(encoding="utf-8"))
+        result["arms"] = before["arms"] if before["steps"] == settings.steps else {}
     for arm in ARMS:
-        if settings.only and arm[0] not in settings.only:
+        if arm[0] in result["arms"] or (settings.only and arm[0] not in settings.only):
             continue
         runs = [run(model, tokenizer, store, arm, settings.steps, seed) for seed in range(settings.seeds)]
         result["arms"][arm[0]] = runs
         taus = "  ".join(f"tau_{k} {r[f'tau_{k}']:.3f}" for r in runs for k in (1, 2, 3) if f"tau_{k}" in r)
         print(f"{arm[0]}: loss {runs[0]['loss']:.3f}  {taus}", flush=True)
-        write_json_atomic(Path(settings.output), result)
+        write_json_atomic(path, result)
 
 
 if __name__ == "__main__":

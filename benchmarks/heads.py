@@ -90,7 +90,7 @@ def types(settings: HeadsSettings) -> dict[str, Any]:
         {"input_ids": p + out[width:].tolist(), "labels": [-100] * len(p) + out[width:].tolist()}
         for p, out in zip(prompts, greedy, strict=True)
     ]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"steps": settings.steps}
     for kind in TYPES:
         mtp, about = train_heads(model, tokenizer, store, kind, settings.steps)
         about["accuracy"] = head_accuracy(mtp, held_out, guesses=4)

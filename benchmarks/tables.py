@@ -125,7 +125,9 @@ def step_table(result: dict[str, Any]) -> list[str]:
 
 def where(provenance: dict[str, Any]) -> str:
     """Hardware, day and commit."""
-    return f"{provenance['cpu']}, {provenance['time'][:10]}, commit {str(provenance['commit'])[:10]}."
+    cpu = provenance.get("cpu") or provenance["hardware"]["cpu"]
+    time = provenance.get("time") or provenance["time_utc"]
+    return f"{cpu}, {time[:10]}, commit {str(provenance['commit'])[:10]}."
 
 
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [

@@ -108,14 +108,14 @@ def types(settings: HeadsSettings) -> dict[str, Any]:
             flush=True,
         )
         if kind == "medusa":
-            one = {"input_ids": torch.tensor([prompts[0]]), **common, "eos_token_id": None}
+            one = {**left_padded(prompts[:1], model.device), **common}
             speed = {
                 "off": lambda c=one, m=mtp: m.generate(**c, num_draft_tokens=0),
                 "chain": lambda c=one, m=mtp: m.generate(**c, num_draft_tokens=3),
                 "tree": lambda c=one, m=mtp, t=tree: m.generate(**c, num_draft_tokens=3, draft_tree=t or None),
                 "auto": lambda c=one, m=mtp: m.generate(**c, num_draft_tokens="auto"),
             }
-            found["speed of medusa"] = race(speed, -1, len(prompts[0]), settings.repeats)
+            found["speed of medusa"] = race(speed, tokenizer.eos_token_id, len(prompts[0]), settings.repeats)
             print("  ".join(f"{n} {w['tokens_per_second']:.1f} tok/s" for n, w in found["speed of medusa"].items()))
     return found
 

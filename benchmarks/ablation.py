@@ -28,8 +28,8 @@ from foretell.runtime import provenance, write_json_atomic
 from foretell.training.regenerate import eos_ids
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 
-# one thing changed at a time: (what, settings of the module, arguments of the training). The answers are the target's own
-# greedy ones, so labels and its argmax are the same
+# one thing changed at a time: (what, settings of the module, arguments of the training). The answers are the target's
+# own greedy ones, so labels and its argmax are the same
 ARMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("as the demo's", {}, {}),
     ("start: random fusion, copied layer", {"initialisation": "copy"}, {}),

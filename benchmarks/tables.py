@@ -85,6 +85,8 @@ def machine_table(result: dict[str, Any]) -> list[str]:
 
 def heads_table(result: dict[str, Any]) -> list[str]:
     """The seven types under one budget."""
+    if "types" not in result:
+        return ["Not measured in this results file yet: `python benchmarks/heads.py --part types`."]
     lines = [
         "| type | parameters | seconds | loss | accuracy of depth 1, 2, 3 | tau, chain | tau, tree (nodes) |",
         "|---|---|---|---|---|---|---|",

@@ -95,7 +95,8 @@ def heads_table(result: dict[str, Any]) -> list[str]:
     for kind in ("linear", "ffn", "mha_ffn", "cnn", "identical", "medusa", "layer"):
         about = found[kind]
         accuracy = ", ".join(f"{a[0]:.2f}" for a in about["accuracy"])
-        tree = f"{about['tau_tree']:.2f} ({len(about['tree'])})" if about["tree"] else "none pays"
+        nodes = about.get("tree_nodes") or len(about.get("tree", []))
+        tree = f"{about['tau_tree']:.2f} ({nodes})" if nodes else "none pays"
         size = f"{about['parameters'] / 1e6:.1f} M | {about['seconds']:.0f} | {about['loss']:.2f}"
         lines.append(f"| `{kind}` | {size} | {accuracy} | {about['tau_chain']:.2f} | {tree} |")
     speed = "  ".join(f"{n} {w['tokens_per_second']:.1f}" for n, w in found["speed of medusa"].items())

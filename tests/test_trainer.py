@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from foretell.data.collate import MTPCollator
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.training.tau import prompt_of
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments, last_complete_checkpoint
 from foretell.types import IGNORE_INDEX
 from tests.test_prompts import chat, make_tokenizer
@@ -480,7 +481,22 @@ def test_what_is_logged_and_where(tmp_path):
         "eval_mean_accepted",
         *depths,
     } <= evaluation.keys()
-    assert 1.5 < evaluation["eval_tau"] <= 3 and all(0 <= evaluation[name] <= 1 for name in depths)
+    assert 1.5 < evaluation["eval_tau"] <= 3
+    # tau and acceptance are those of decoding each prompt alone, counted by hand
+    records = []
+    for row in trainer.eval_dataset:
+        out = mtp.generate(
+            torch.tensor([prompt_of(row)]), max_new_tokens=8, do_sample=False, return_dict_in_generate=True
+        )
+        records += out.stats.records[0]
+    assert evaluation["eval_tau"] == pytest.approx(sum(v.emitted for v in records) / len(records))
+    assert evaluation["eval_mean_accepted"] == pytest.approx(sum(v.accepted for v in records) / len(records))
+    for k in (1, 2):
+        drafted = [v for v in records if v.depth >= k]
+        held = sum(v.accepted >= k for v in drafted)
+        assert evaluation[f"eval_accept_at_{k}"] == pytest.approx(held / len(drafted)), k
+        reached = sum(v.accepted >= k - 1 for v in drafted)
+        assert evaluation[f"eval_accept_given_{k}"] == pytest.approx(held / reached), k
     assert evaluation["eval_accept_at_2"] == pytest.approx(
         evaluation["eval_accept_given_1"] * evaluation["eval_accept_given_2"], abs=0.2
     )
@@ -493,6 +509,8 @@ def test_what_is_logged_and_where(tmp_path):
     assert evaluation["eval_ntp_loss"] == pytest.approx(ntp, rel=1e-5)
     assert evaluation["eval_mtp_loss"] == pytest.approx(mtp_loss, rel=1e-5)
     assert evaluation["eval_loss"] == pytest.approx(ntp + 0.1 * mtp_loss, rel=1e-5)
+    for k, loss in enumerate(out["mtp"], start=1):
+        assert evaluation[f"eval_accuracy_{k}"] == pytest.approx(float(loss.correct / loss.count)), k
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     [file] = tmp_path.rglob("events.out.tfevents.*")
     board = events.EventAccumulator(str(file)).Reload()

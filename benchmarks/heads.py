@@ -58,7 +58,7 @@ def train_heads(model: Any, tokenizer: Any, store: Any, kind: str, steps: int) -
     """K = 3 heads of one kind, and how training went."""
     torch.manual_seed(0)
     # identical and medusa have matrices of their own by their nature; the others use the model's
-    own = {"share_unembedding": kind == "linear" or kind not in ("identical", "medusa")} if kind != "layer" else {}
+    own = {"share_unembedding": kind not in ("identical", "medusa")}
     start = {"init_strategy": "copy_lm_head"} if kind in ("identical", "medusa") else {}
     settings = {"method": "heads", "depth": 3, "head_type": kind, "hidden_source": "post_norm", "dropout": 0.0}
     mtp = get_mtp_model(model, {**settings, "draft_vocab_size": 8192, **own, **start})

@@ -145,6 +145,15 @@ class MTPModel(nn.Module):
             )
         return {"ntp": ntp, "mtp": mtp}
 
+    def make_trainable(self, learns: bool) -> None:
+        """Whether the module's parameters ask for a gradient. Those that learn become fp32 master weights: autocast
+        computes in the lower precision.
+        """
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(learns)
+            if learns and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:

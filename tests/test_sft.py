@@ -348,8 +348,10 @@ def test_qlora(tmp_path):
 
 
 def test_untouched_needs_an_adapter(tmp_path):
+    """Said before anything is loaded: there is no such folder."""
+    args = SFTConfig(output_dir=str(tmp_path), mtp_enabled=True, mtp_target_loss="untouched", **QUIET)
     with pytest.raises(ValueError, match="peft_config"):
-        trainer(tmp_path, mtp_target_loss="untouched")
+        SFTTrainer(str(tmp_path / "nowhere"), args, train_dataset=rows(), processing_class=tiny_tokenizer())
 
 
 # -- the collator ------------------------------------------------------------------------------------------------------

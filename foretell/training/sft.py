@@ -264,6 +264,9 @@ class SFTTrainer(trl.SFTTrainer):
             found.append("optimizers: got one, which cannot hold the module's parameters: they do not exist yet")
         if given.get("compute_loss_func") is not None:
             found.append("compute_loss_func: with mtp_enabled the loss is TRL's own plus the module's")
+        adapted = given.get("peft_config") is not None or hasattr(given["model"], "disable_adapter")
+        if args.mtp_target_loss == "untouched" and not adapted:
+            found.append("mtp_target_loss: 'untouched' is the model with its adapter off, so give a peft_config")
         if args.label_smoothing_factor > 0:
             found.append("label_smoothing_factor: TRL then runs the model twice a step; wanted 0 with mtp_enabled")
         if found:
@@ -274,16 +277,11 @@ class SFTTrainer(trl.SFTTrainer):
         model: Any = getattr(self, "model")  # noqa: B009 (TRL gives it no type)
         if self._is_vlm:
             raise ValueError(f"{type(model).__name__}: wanted a text model; MTP modules read text only.")
-        if args.mtp_target_loss == "untouched" and not hasattr(model, "disable_adapter"):
-            raise ValueError("mtp_target_loss: 'untouched' is the model with its adapter off, so give a peft_config.")
         mtp = SFTModel(model, args.mtp_config())
         mtp.args, mtp.notes = args, {"training": {k: v for k, v in args.to_dict().items() if k.startswith("mtp_")}}
         if not args.trains_target:
             mtp.model.requires_grad_(False)
-        for parameter in mtp.module.parameters():
-            parameter.requires_grad_(args.mtp_training_mode != "disabled")
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # master weights; autocast computes in the lower precision
+        mtp.make_trainable(args.mtp_training_mode != "disabled")
         own, all_ = (sum(p.numel() for p in part.parameters()) for part in (mtp.module, mtp.model))
         self.accelerator.print(f"MTP module: {own:,} parameters beside the model's {all_:,} ({own / all_:.1%}).")
         self.mtp = self.model = self.model_wrapped = mtp

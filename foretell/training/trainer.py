@@ -172,11 +172,7 @@ class MTPTrainer(Trainer):
         """Only what learns asks for a gradient; parameters that do not are in no optimizer, so nothing decays them."""
         for parameter in model.model.parameters():
             parameter.requires_grad_(args.trains_target)
-        learns = args.mtp_training_mode != "disabled"
-        for parameter in model.module.parameters():
-            parameter.requires_grad_(learns)
-            if learns and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # master weights; autocast computes in the lower precision
+        model.make_trainable(args.mtp_training_mode != "disabled")
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

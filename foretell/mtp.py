@@ -20,7 +20,7 @@ from foretell.decoding.compose import Composed
 from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
 from foretell.decoding.lookup import PromptLookup
 from foretell.decoding.loop import Decoder
-from foretell.decoding.trees import check_tree
+from foretell.decoding.trees import Tree, check_tree
 from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
 from foretell.models.target import Target, TargetRows
@@ -303,13 +303,16 @@ def _own_stop_strings(kwargs: dict[str, Any], model: nn.Module) -> None:
     kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
 
 
-def _drafter_of(mtp: MTPModel, drafter: Any, sample: bool) -> Drafter:
+def _drafter_of(mtp: MTPModel, drafter: Any, sample: bool, tree: Tree | None) -> Drafter:
     if isinstance(drafter, str):
         names = drafter.split("+")
         unknown = [name for name in names if name not in ("mtp", "lookup")]
         if unknown:
             raise ValueError(f"drafter: got {drafter!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or Drafter objects.")
-        drafter = [mtp.drafter(sample) if name == "mtp" else PromptLookup() for name in names]
+        module_drafter: Any = mtp.drafter(sample) if "mtp" in names else None
+        if module_drafter is not None and mtp.module.guesses_trees:
+            module_drafter.tree = tree
+        drafter = [module_drafter if name == "mtp" else PromptLookup() for name in names]
         drafter.sort(key=lambda one: one.name != "lookup")  # what costs nothing proposes first
     drafters = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
     return drafters[0] if len(drafters) == 1 else Composed(drafters)
@@ -345,10 +348,13 @@ def custom_generate(
     if draft_sample_method not in ("greedy", "probabilistic"):
         raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
     tree = None if draft_tree is None else check_tree(draft_tree, mtp.mtp_config.depth)
-    if tree is not None and (not hasattr(mtp.drafter(), "tree") or length == "auto" or draft_sample_method != "greedy"):
+    by_name = isinstance(drafter, str) and "mtp" in drafter.split("+")
+    fixed = length not in (0, "auto") and draft_sample_method == "greedy"
+    if tree is not None and not (mtp.module.guesses_trees and by_name and fixed):
         raise ValueError(
-            "draft_tree: wanted parallel heads (method 'heads'), a fixed num_draft_tokens and greedy drafts; "
-            f"got method {mtp.mtp_config.method!r}, num_draft_tokens={length!r}, {draft_sample_method!r} drafts."
+            "draft_tree: wanted parallel heads (method 'heads') among the drafters, num_draft_tokens of at least 1 and "
+            f"greedy drafts; got method {mtp.mtp_config.method!r}, drafter {drafter!r}, num_draft_tokens={length!r}, "
+            f"{draft_sample_method!r} drafts."
         )
 
     def run(
@@ -363,10 +369,7 @@ def custom_generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
-        module_drafter: Any = mtp.drafter(sample)
-        if hasattr(module_drafter, "tree"):
-            module_drafter.tree = tree
-        chosen = None if length == 0 else _drafter_of(mtp, drafter, sample)
+        chosen = None if length == 0 else _drafter_of(mtp, drafter, sample, tree)
         adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample)) if length == "auto" else None
         return generate_rows(
             mtp.decoder(chosen),

@@ -333,6 +333,16 @@ def test_drafts_are_the_best_of_draft_logits(kind, share, few, monkeypatch):
         assert tokens == mtp.draft_logits(torch.tensor([text]))[0, -1].argmax(-1).tolist()
 
 
+def test_no_drafter_is_made_where_none_is_asked():
+    """Packing heads takes time and memory: not for lookup, and not with drafting off."""
+    mtp = get_mtp_model(leaning_model(), HeadsConfig(depth=2))
+    run(mtp, INPUTS["one"], max_new_tokens=4, num_draft_tokens=0)
+    run(mtp, INPUTS["one"], max_new_tokens=4, num_draft_tokens=2, drafter="lookup")
+    assert not mtp._drafters
+    run(mtp, INPUTS["one"], max_new_tokens=4, num_draft_tokens=2)
+    assert mtp._drafters
+
+
 def test_one_reading_of_the_heads_a_round():
     mtp = fitted("medusa")
     drafter = mtp.drafter()
@@ -488,6 +498,9 @@ def test_a_tree_needs_heads_and_a_fixed_length():
     tree = foretell.cartesian_tree([2, 1])
     with pytest.raises(ValueError, match="parallel heads"):
         run(fitted("medusa"), INPUTS["one"], max_new_tokens=4, num_draft_tokens="auto", draft_tree=tree)
+    for more in ({"num_draft_tokens": 0}, {"num_draft_tokens": 3, "drafter": "lookup"}):
+        with pytest.raises(ValueError, match="among the drafters"):
+            run(fitted("medusa"), INPUTS["one"], max_new_tokens=4, draft_tree=tree, **more)
     sequential = get_mtp_model(tiny_model(), {"method": "sequential", "depth": 2})
     with pytest.raises(ValueError, match="sequential"):
         run(sequential, INPUTS["one"], max_new_tokens=4, num_draft_tokens=2, draft_tree=tree)

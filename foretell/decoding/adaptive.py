@@ -182,7 +182,6 @@ class AdaptiveLength:
         ranked: list[list[tuple[int, float]]] = []
         for draft in drafts:
             ranked.append(sorted(enumerate(self.chances(draft)), key=lambda node: (-node[1], node[0])))
-        self._batch = batch
         best, best_rate = 0, batch / (self.cost(batch) + drafting_seconds)
         gained = 0.0
         for m in range(1, max((len(r) for r in ranked), default=0) + 1):

@@ -87,6 +87,7 @@ class MTPModule(nn.Module):
     A method gives depth_states (what each depth's output head reads) and, if its heads are its own, unembedding.
     """
 
+    guesses_trees = False  # whether its drafter has a `tree` to be told which guesses to propose
     draft_vocab_ids: Tensor | None
 
     def __init__(self, config: MTPConfig, target: Target) -> None:

@@ -85,6 +85,7 @@ class HeadsConfig(MTPConfig):
 class HeadsModule(MTPModule):
     """One MTPHead a depth."""
 
+    guesses_trees = True
     config: HeadsConfig
 
     def __init__(self, config: HeadsConfig, target: Target) -> None:

@@ -62,6 +62,16 @@ class Draft:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def add(self, token: int, parent: int, confidence: float, source: str, probs_V: Tensor | None = None) -> int:
+        """Append a token below its parent's index; returns its own."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.confidence.append(confidence)
+        self.sources.append(source)
+        if self.probs is not None:
+            self.probs.append(probs_V)
+        return len(self.tokens) - 1
+
 
 @dataclass
 class Verdict:

@@ -113,13 +113,7 @@ def add(
     draft: Draft, token: int, parent: int, source: str, probs_V: Tensor | None = None, confidence: float = 0.5
 ) -> int:
     """Append a token; returns its index."""
-    draft.tokens.append(token)
-    draft.parents.append(parent)
-    draft.confidence.append(confidence)
-    draft.sources.append(source)
-    if draft.probs is not None:
-        draft.probs.append(probs_V)
-    return len(draft) - 1
+    return draft.add(token, parent, confidence, source, probs_V)
 
 
 class Oracle(Scripted):

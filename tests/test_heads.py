@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import foretell
 from foretell.config import ConfigError
 from foretell.data.collate import to_batch
-from foretell.decoding.trees import chain_tree, check_tree
+from foretell.decoding.trees import check_tree
 from foretell.methods.heads import HeadsConfig
 from foretell.models.mtp_heads import KERNEL, attention_heads
 from foretell.mtp import MTPModel, get_mtp_model
@@ -425,7 +425,7 @@ def test_a_tree_of_width_one_is_the_chain():
         chain = run(mtp, inputs, max_new_tokens=20, num_draft_tokens=3)
         tree = run(mtp, inputs, max_new_tokens=20, num_draft_tokens=3, draft_tree=foretell.cartesian_tree([1, 1, 1]))
         assert chain.stats.records == tree.stats.records and torch.equal(chain.sequences, tree.sequences)
-    assert foretell.cartesian_tree([1, 1, 1]) == chain_tree(3)
+    assert foretell.cartesian_tree([1, 1, 1]) == [(0,), (0, 0), (0, 0, 0)]
 
 
 def test_cartesian_trees():

@@ -94,10 +94,4 @@ def merge(into: Draft, draft: Draft) -> None:
             into.sources[j] = f"{into.sources[j]}+{draft.sources[i]}"
             into.confidence[j] = max(into.confidence[j], draft.confidence[i])
             continue
-        at[i] = len(into)
-        into.tokens.append(token)
-        into.parents.append(at[parent])
-        into.confidence.append(draft.confidence[i])
-        into.sources.append(draft.sources[i])
-        if into.probs is not None:
-            into.probs.append(probs)
+        at[i] = into.add(token, at[parent], draft.confidence[i], draft.sources[i], probs)

@@ -54,10 +54,8 @@ class PromptLookup:
                 for token in tokens[place : place + length]:
                     if worth is not None and not worth(self.name, b, draft):
                         break
-                    draft.tokens.append(token)
-                    draft.parents.append(len(draft.tokens) - 2)
-                    draft.confidence.append(0.5 + 0.1 * n)  # a start: the adaptive policy learns the real rate
-                    draft.sources.append(self.name)
+                    # the confidence is a start: the adaptive policy learns the real rate
+                    draft.add(token, len(draft) - 1, 0.5 + 0.1 * n, self.name)
                 break
         return draft
 

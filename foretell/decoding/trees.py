@@ -14,11 +14,6 @@ from itertools import product
 Tree = list[tuple[int, ...]]
 
 
-def chain_tree(depth: int) -> Tree:
-    """The likeliest guess of every head."""
-    return [(0,) * k for k in range(1, depth + 1)]
-
-
 def cartesian_tree(widths: Sequence[int]) -> Tree:
     """All combinations of the widths[k - 1] likeliest guesses of head k: sum over k of widths[0] * ... nodes.
 

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from foretell.config import ConfigError, from_dict
+from foretell.models.fast import fast_view
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import labels_of
@@ -129,6 +130,23 @@ class MTPModule(nn.Module):
             weight = weight.index_select(0, self.draft_vocab_ids)
             bias = None if bias is None else bias.index_select(0, self.draft_vocab_ids)
         return weight, bias
+
+    def draft_head(self, target: Target) -> nn.Module:
+        """target_head for decoding: packed, its rows gathered once."""
+        if self.draft_vocab_ids is None:
+            return target.view().get_output_embeddings()
+        weight, bias = self.target_head(target, detach=True)
+        small = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        small.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            small.bias = nn.Parameter(bias, requires_grad=False)
+        return fast_view(nn.Sequential(small))[0]
+
+    def spread(self, probs_M: Tensor, target: Target) -> Tensor:
+        """[V]: a distribution over the draft vocabulary as one over all tokens."""
+        if self.draft_vocab_ids is None:
+            return probs_M
+        return probs_M.new_zeros(target.vocab_size).index_copy_(0, self.draft_vocab_ids, probs_M)
 
     def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The output head of a depth (1-based), as target_head; by default the target's own."""

@@ -175,21 +175,9 @@ class HeadsDrafter:
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
-        self._head = self._shared_head()
+        self._head = module.draft_head(target) if module.shared else None
         self.slots = self.capacity = 0
         self.calls = 0  # rounds in which heads were read, for tests and reports
-
-    def _shared_head(self) -> nn.Module | None:
-        if not self.module.shared:
-            return None
-        if self.module.draft_vocab_ids is None:
-            return self.target.view().get_output_embeddings()
-        weight, bias = self.module.target_head(self.target, detach=True)
-        small = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=weight.device, dtype=weight.dtype)
-        small.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            small.bias = nn.Parameter(bias, requires_grad=False)
-        return fast_view(nn.Sequential(small))[0]
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""
@@ -251,21 +239,15 @@ class HeadsDrafter:
             fill(drafts[b], tokens[: asked[b]], confidence[: asked[b]])
         return drafts
 
-    def _add(self, draft: Draft, token: int, parent: int, confidence: float) -> int:
-        draft.tokens.append(token)
-        draft.parents.append(parent)
-        draft.confidence.append(confidence)
-        draft.sources.append(self.name)
-        return len(draft.tokens) - 1
-
     def _lay_out(self, draft: Draft, tokens_KS: list[list[int]], confidence_KS: list[list[float]]) -> None:
         """The tree of ranks given by the caller, or a chain of first guesses."""
         tree = self.tree or [(0,) * k for k in range(1, len(tokens_KS) + 1)]
         at: dict[tuple[int, ...], int] = {(): -1}
         for ranks in tree:
             k = len(ranks) - 1
-            if k < len(tokens_KS) and ranks[:-1] in at:
-                at[ranks] = self._add(draft, tokens_KS[k][ranks[-1]], at[ranks[:-1]], confidence_KS[k][ranks[-1]])
+            if k < len(tokens_KS) and ranks[:-1] in at and ranks[-1] < len(tokens_KS[k]):
+                token, confidence = tokens_KS[k][ranks[-1]], confidence_KS[k][ranks[-1]]
+                at[ranks] = draft.add(token, at[ranks[:-1]], confidence, self.name)
 
     def _offer(self, draft: Draft, tokens_KS: list[list[int]], confidence_KS: list[list[float]]) -> None:
         """Guesses of every depth below the first guess of the depth before."""
@@ -274,9 +256,9 @@ class HeadsDrafter:
             first = parent
             for rank, (token, chance) in enumerate(zip(tokens, confidence, strict=True)):
                 if rank == 0:
-                    first = self._add(draft, token, parent, chance)
+                    first = draft.add(token, parent, chance, self.name)
                 elif chance >= LEAST:
-                    self._add(draft, token, parent, chance)
+                    draft.add(token, parent, chance, self.name)
             parent = first
 
     def _draw(self, drafts: list[Draft], probs_BKM: Tensor, asked: list[int]) -> None:
@@ -285,11 +267,8 @@ class HeadsDrafter:
             for k in range(asked[b]):
                 probs_M = probs_BKM[b, k]
                 chosen = int(torch.multinomial(probs_M, 1, generator=self.generator))
-                self._add(draft, chosen if ids is None else int(ids[chosen]), k - 1, float(probs_M[chosen]))
-                full_V = probs_M
-                if ids is not None:
-                    full_V = probs_M.new_zeros(self.target.vocab_size).index_copy_(0, ids, probs_M)
-                draft.probs.append(full_V)
+                token, confidence = chosen if ids is None else int(ids[chosen]), float(probs_M[chosen])
+                draft.add(token, k - 1, confidence, self.name, self.module.spread(probs_M, self.target))
 
     def _logits(self, sequences: Sequence[SequenceState], depth: int) -> Tensor:
         """[B, depth, M]: what each head says at each sequence's newest state."""

@@ -117,19 +117,9 @@ class SequentialDrafter:
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
-        self._head = self._draft_head()
+        self._head = module.draft_head(target)
         self.slots = self.capacity = 0
         self.calls = 0  # forwards of one block, for tests and reports
-
-    def _draft_head(self) -> nn.Module:
-        ids, head = self.module.draft_vocab_ids, self.target.head
-        if ids is None:
-            return self.target.view().get_output_embeddings()
-        small = nn.Linear(head.in_features, len(ids), bias=head.bias is not None, device=self.target.device)
-        small.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)
-        if head.bias is not None:
-            small.bias = nn.Parameter(head.bias.detach()[ids], requires_grad=False)
-        return fast_view(nn.Sequential(small))[0]
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""
@@ -184,19 +174,9 @@ class SequentialDrafter:
             tokens = (chosen_B if ids is None else ids[chosen_B]).tolist()
             for b, (token, confidence) in enumerate(zip(tokens, confidence_B.tolist(), strict=True)):
                 if wanted[b] >= k:
-                    drafts[b].tokens.append(token)
-                    drafts[b].parents.append(k - 2)
-                    drafts[b].confidence.append(confidence)
-                    drafts[b].sources.append(self.name)
-                    if drafts[b].probs is not None:
-                        drafts[b].probs.append(self._spread(probs_BM[b]))
+                    probs_V = self.module.spread(probs_BM[b], self.target) if self.sample else None
+                    drafts[b].add(token, k - 2, confidence, self.name, probs_V)
         return drafts
-
-    def _spread(self, probs_M: Tensor) -> Tensor:
-        ids = self.module.draft_vocab_ids
-        if ids is None:
-            return probs_M
-        return probs_M.new_zeros(self.target.vocab_size).index_copy_(0, ids, probs_M)
 
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foretell.evaluation.accuracy import head_accuracy
     from foretell.methods.base import MTPConfig, load_preset
     from foretell.methods.heads import HeadsConfig
+    from foretell.methods.masked import MaskedConfig
     from foretell.methods.sequential import SequentialConfig
     from foretell.mtp import MTPModel, custom_generate, get_mtp_model
     from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
@@ -27,6 +28,7 @@ __all__ = [
     "MTPModel",
     "MTPTrainer",
     "MTPTrainingArguments",
+    "MaskedConfig",
     "PromptLookup",
     "SequentialConfig",
     "__version__",
@@ -44,6 +46,7 @@ _HOME = {
     "MTPModel": "foretell.mtp",
     "MTPTrainer": "foretell.training.trainer",
     "MTPTrainingArguments": "foretell.training.trainer",
+    "MaskedConfig": "foretell.methods.masked",
     "PromptLookup": "foretell.decoding.lookup",
     "SequentialConfig": "foretell.methods.sequential",
     "calibrated_tree": "foretell.decoding.trees",

@@ -18,6 +18,7 @@ from foretell.models.target import Target
 from foretell.runtime import atomic_folder, provenance
 
 CONFIG_FILE, WEIGHTS_FILE = "mtp_config.json", "mtp_model.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 
 
@@ -27,10 +28,12 @@ def save_module(
     target: dict[str, Any],
     folder: str | Path,
     notes: dict[str, Any],
+    peft: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write both files into folder, each whole or not at all: a full disk leaves the old ones as they were.
 
-    state_dict: the module's tensors, whole. target: its fingerprint.
+    state_dict: the module's tensors, whole. target: its fingerprint. peft: settings and tensors of a plain adapter,
+    which is written beside them in PEFT's own two files.
     """
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items()}
     weights = [t for t in tensors.values() if t.is_floating_point()]
@@ -47,6 +50,11 @@ def save_module(
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        if peft is not None:
+            settings, adapter = peft
+            (temporary / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            adapter = {name: t.detach().cpu().contiguous().clone() for name, t in adapter.items()}
+            save_file(adapter, temporary / PEFT_WEIGHTS, metadata={"format": "pt"})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

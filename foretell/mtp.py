@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from foretell.checkpoint import check_target, load_tensors, read_config, save_module
 from foretell.data.collate import to_batch
-from foretell.decoding.adaptive import AdaptiveLength, CostCurve
+from foretell.decoding.adaptive import AdaptiveLength, CostCurve, FixedLength
 from foretell.decoding.compose import Composed
 from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
 from foretell.decoding.lookup import PromptLookup
@@ -28,6 +28,7 @@ from foretell.ops.losses import linear_loss
 from foretell.ops.shift import check_depth, next_labels
 from foretell.types import Drafter, LossSum
 
+LAYOUTS = ("linear", "quadratic", "auto", "two_pass")
 LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 
 
@@ -44,7 +45,7 @@ class MTPModel(nn.Module):
         self._decoder: Decoder | None = None
         self._drafters: dict[tuple[str, bool], tuple[tuple[int, ...], Drafter]] = {}
         self._curve: CostCurve | None = None
-        self._adaptive: dict[tuple[str, bool], AdaptiveLength] = {}
+        self._adaptive: dict[tuple[Any, ...], AdaptiveLength] = {}
 
     @property
     def config(self) -> Any:
@@ -74,7 +75,8 @@ class MTPModel(nn.Module):
             module_state = {n.removeprefix("module."): t for n, t in state_dict.items() if n.startswith("module.")}
             named = ((n.replace("_checkpoint_wrapped_module.", ""), p) for n, p in self.named_parameters())
             about_target = self.target.fingerprint({id(p): state_dict[n] for n, p in named if n in state_dict})
-        save_module(module_state, self.mtp_config, about_target, folder, self.notes)
+        peft = self.module.as_peft(self.target, module_state)
+        save_module(module_state, self.mtp_config, about_target, folder, self.notes, peft)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> MTPModel:
@@ -114,20 +116,22 @@ class MTPModel(nn.Module):
         mtp_supervision: Supervision = "labels",
         mtp_loss: LossKind = "ce",
         train_target: bool = False,
+        mtp_coefficients: Tensor | None = None,
         **inputs: Tensor,
     ) -> dict[str, Any]:
         """Sums and counts of the losses; nothing is divided here (training/objective.py does that, once).
 
-        inputs as made by MTPCollator. Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth}.
+        inputs as made by MTPCollator. mtp_coefficients [K]: what the caller will multiply the depths' totals by, up to
+        one factor for all; a text longer than a masked module's chunk_size needs it where they differ.
+        Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth}.
         """
         batch = to_batch(inputs)
         check_depth(self.mtp_config.depth, batch.input_ids_BT.shape[1])
         detach = mtp_training_mode != "joint"
-        if batch.hidden_BTD is not None:
+        if batch.hidden_BTD is not None and self.module.reads_states:
             rows = self._kept_rows(batch.hidden_BTD)
         else:
-            with nullcontext() if train_target else torch.no_grad():
-                rows = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+            rows = self.module.read(self.target, batch, train_target, not detach)
         ntp: LossSum | None = None
         if train_target:
             ntp = linear_loss(
@@ -141,7 +145,13 @@ class MTPModel(nn.Module):
         mtp = []
         with torch.no_grad() if mtp_training_mode == "disabled" else nullcontext():
             mtp = self.module.losses(
-                self.target, batch, rows, detach=detach, supervision=mtp_supervision, kind=mtp_loss
+                self.target,
+                batch,
+                rows,
+                detach=detach,
+                supervision=mtp_supervision,
+                kind=mtp_loss,
+                coefficients_K=mtp_coefficients,
             )
         return {"ntp": ntp, "mtp": mtp}
 
@@ -149,15 +159,18 @@ class MTPModel(nn.Module):
         """Whether the module's parameters ask for a gradient. Those that learn become fp32 master weights: autocast
         computes in the lower precision.
         """
+        never = {id(parameter) for parameter in self.module.frozen()}
         for parameter in self.module.parameters():
-            parameter.requires_grad_(learns)
-            if learns and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.requires_grad_(learns and id(parameter) not in never)
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """As PreTrainedModel's: the target's layers and the module's blocks are computed again in the backward pass."""
+        if self.module.lays_masks:
+            raise ValueError("activation checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly.")
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
         like = self.target.layers[0]
         for part in self.module.modules():
@@ -203,6 +216,7 @@ class MTPModel(nn.Module):
         drafter: str | Drafter | Sequence[Drafter] = "mtp",
         draft_sample_method: str = "greedy",
         draft_tree: Sequence[Sequence[int]] | None = None,
+        draft_layout: str | None = None,
         generator: torch.Generator | None = None,
         streamer: Any = None,
         slots: int = 64,
@@ -218,6 +232,9 @@ class MTPModel(nn.Module):
         draft_sample_method: "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module).
         draft_tree: for parallel heads, which guesses are verified together (foretell.cartesian_tree, calibrated_tree);
             None is a chain, and with "auto" those that pay.
+        draft_layout: for mask tokens, which rows of a step carry masks: "linear" (the last draft), "quadratic" (every
+            row), "auto" (those that pay on this machine) or "two_pass" (none: a forward of its own reads them); None
+            is "auto", and for noise masks "two_pass".
         generator: seeds sampling. slots: sequences decoded at once; a larger batch is worked off continuously.
 
         Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
@@ -230,6 +247,7 @@ class MTPModel(nn.Module):
             drafter=drafter,
             draft_sample_method=draft_sample_method,
             draft_tree=draft_tree,
+            draft_layout=draft_layout,
             generator=generator,
             slots=slots,
             streamer=streamer,
@@ -264,14 +282,18 @@ class MTPModel(nn.Module):
             self._curve = CostCurve.measure(self.target)
         return self._curve
 
-    def adaptive(self, drafter: Any, do_sample: bool) -> AdaptiveLength:
-        """Who decides lengths for num_draft_tokens="auto"; for drafters given by name, kept between calls."""
-        if not isinstance(drafter, str):
-            return AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
-        key = (drafter, do_sample)
-        if key not in self._adaptive:
-            self._adaptive[key] = AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
-        return self._adaptive[key]
+    def adaptive(
+        self, drafter: Any, do_sample: bool, layout: str | None = None, length: int | str = "auto"
+    ) -> AdaptiveLength:
+        """Who decides lengths for num_draft_tokens="auto", and with a fixed length only the layout of masks; for
+        drafters given by name, kept between calls.
+        """
+        made = AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
+        if isinstance(length, int):
+            made = FixedLength(self.cost_curve(), length)
+        return (
+            self._adaptive.setdefault((drafter, do_sample, layout, length), made) if isinstance(drafter, str) else made
+        )
 
     def decoder(self, drafter: Drafter | None) -> Decoder:
         """The decoder, its caches kept between calls."""
@@ -303,7 +325,9 @@ def _own_stop_strings(kwargs: dict[str, Any], model: nn.Module) -> None:
     kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
 
 
-def _drafter_of(mtp: MTPModel, drafter: Any, sample: bool, tree: Tree | None) -> Drafter:
+def _drafter_of(
+    mtp: MTPModel, drafter: Any, sample: bool, tree: Tree | None, layout: str | None, masks: int
+) -> Drafter:
     if isinstance(drafter, str):
         names = drafter.split("+")
         unknown = [name for name in names if name not in ("mtp", "lookup")]
@@ -312,10 +336,25 @@ def _drafter_of(mtp: MTPModel, drafter: Any, sample: bool, tree: Tree | None) ->
         module_drafter: Any = mtp.drafter(sample) if "mtp" in names else None
         if module_drafter is not None and mtp.module.guesses_trees:
             module_drafter.tree = tree
+        if module_drafter is not None and mtp.module.lays_masks:
+            module_drafter.layout, module_drafter.masks = layout, masks
         drafter = [module_drafter if name == "mtp" else PromptLookup() for name in names]
         drafter.sort(key=lambda one: one.name != "lookup")  # what costs nothing proposes first
     drafters = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
     return drafters[0] if len(drafters) == 1 else Composed(drafters)
+
+
+def _layout_of(mtp: MTPModel, layout: str | None, drafter: Any, length: int | str) -> str | None:
+    """The layout of a masked module's rows; None for other methods."""
+    by_name = isinstance(drafter, str) and "mtp" in drafter.split("+")
+    if layout is not None and (layout not in LAYOUTS or not (mtp.module.lays_masks and by_name and length)):
+        raise ValueError(
+            f"draft_layout: got {layout!r} for method {mtp.mtp_config.method!r}, drafter {drafter!r} and "
+            f"num_draft_tokens={length!r}, wanted one of {', '.join(LAYOUTS)} for a masked module that drafts."
+        )
+    if not mtp.module.lays_masks:
+        return None
+    return layout or ("two_pass" if getattr(mtp.mtp_config, "mask_tokens", None) == "noise" else "auto")
 
 
 def custom_generate(
@@ -326,6 +365,7 @@ def custom_generate(
     drafter: str | Drafter | Sequence[Drafter] = "mtp",
     draft_sample_method: str = "greedy",
     draft_tree: Sequence[Sequence[int]] | None = None,
+    draft_layout: str | None = None,
     generator: torch.Generator | None = None,
     slots: int = 64,
     streamer: Any = None,
@@ -337,6 +377,7 @@ def custom_generate(
     length = mtp.mtp_config.depth if num_draft_tokens is None else num_draft_tokens
     if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
         raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
+    layout = _layout_of(mtp, draft_layout, drafter, length)
     longest = getattr(mtp.drafter(), "longest", None) if drafter == "mtp" and length != "auto" and length else None
     if longest is not None and int(length) > longest:
         raise ValueError(
@@ -369,8 +410,11 @@ def custom_generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
-        chosen = None if length == 0 else _drafter_of(mtp, drafter, sample, tree)
-        adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample)) if length == "auto" else None
+        masks = min(int(length), mtp.mtp_config.depth) if isinstance(length, int) else mtp.mtp_config.depth
+        chosen = None if length == 0 else _drafter_of(mtp, drafter, sample, tree, layout, masks)
+        adaptive = None
+        if length == "auto" or (layout == "auto" and length):
+            adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample), layout, length)
         return generate_rows(
             mtp.decoder(chosen),
             input_ids.to(mtp.device),

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequential": {"initialisation": "copy"},
     # the other types: test_heads.py. Behind the target's final norm, so that all of the target is on the way
     "heads": {"head_type": "layer", "dropout": 0.0, "hidden_source": "post_norm"},
+    "masked": {"mask_tokens": "distinct", "lora_rank": 4, "lora_alpha": 4.0},  # more of it: test_masked.py
 }
 SUPERVISIONS = [
     ("labels", "ce"),
@@ -178,7 +179,10 @@ def test_standalone_gives_the_target_exactly_nothing(method, depth, tied, checkp
     inputs = packed(ROWS)
     wanted_losses = backward(mtp, inputs)
     wanted = gradients(mtp.module)
-    if checkpointing:
+    if checkpointing and method == "masked":
+        with pytest.raises(ValueError, match="chunk_size"):
+            mtp.activation_checkpointing_enable()
+    elif checkpointing:
         mtp.activation_checkpointing_enable()
         assert mtp.target.layers[0].gradient_checkpointing
         assert any(getattr(part, "gradient_checkpointing", False) for part in mtp.module.modules())
@@ -208,6 +212,8 @@ def test_joint_gives_the_target_a_gradient_everywhere(method, tied):
     assert found.keys() == {name for name, _ in mtp.model.named_parameters()}
     assert all(gradient.any() for gradient in found.values())
     stored = gradients(mtp)
+    if method == "masked":
+        return  # bounded by chunks instead
     mtp.activation_checkpointing_enable()
     backward(mtp, packed(ROWS), mtp_training_mode="joint", train_target=True)
     assert_close(gradients(mtp), stored, tolerance=1e-6)  # recomputed by the same kernels
@@ -332,7 +338,49 @@ class PlainHeads(Plain):
             yield head.body.norm(hidden)
 
 
-REFERENCES: dict[str, Callable[[MTPModel], Any]] = {"sequential": PlainSequential, "heads": PlainHeads}
+class PlainMasked(Plain):
+    """Every token of the text by itself: what stands before it, it, and K masks behind it are an ordinary text."""
+
+    def states(self, ids: list[int], source: Tensor, detach: bool) -> Iterator[Tensor]:
+        """[1, T, D] of each depth: what the head reads."""
+        T, K, module = len(ids), self.config.depth, self.mtp.module
+        weights = {n: p.detach() if detach else p for n, p in self.decoder.named_parameters()}
+        table = self.mtp.target.embed_tokens(torch.tensor(ids))
+        table = table.detach() if detach else table
+        of_token = []
+        for t in range(T):
+            text = torch.cat([table[: t + 1], module.rows.embedding])[None]
+            hooks = [self.adapt(path, t + 1) for path in module.rows.adapters.paths]
+            options = {"inputs_embeds": text, "position_ids": torch.arange(t + 1 + K)[None], "use_cache": False}
+            out = torch.func.functional_call(self.decoder, weights, (), options).last_hidden_state
+            for hook in hooks:
+                hook.remove()
+            of_token.append(out[:, t + 1 :])
+        masks = torch.stack(of_token, dim=1)  # [1, T, K, D]
+        first, second = module.sampler.linears
+        for k in range(1, K + 1):
+            before = torch.cat([table[k:], torch.zeros_like(table[:k])])[None, :T]
+            y = F.silu(F.linear(torch.cat([before, masks[:, :, k - 1]], dim=-1), first.weight))
+            y = rms(y, module.sampler.norms[0].weight, module.sampler.norms[0].eps)
+            z = F.silu(F.linear(y, second.weight))
+            yield y + rms(z, module.sampler.norms[1].weight, module.sampler.norms[1].eps)
+
+    def adapt(self, path: str, first: int) -> Any:
+        """Adapters on the rows from `first` on."""
+        lora, _ = self.mtp.module.rows.adapters.adapter(path)
+
+        def add(_module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            change = args[0][:, first:] @ lora.lora_A.weight.T @ lora.lora_B.weight.T
+            return torch.cat([out[:, :first], out[:, first:] + change], dim=1)  # alpha / r is 1 here
+
+        return self.mtp.target.layers.get_submodule(path).register_forward_hook(add)
+
+
+REFERENCES: dict[str, Callable[[MTPModel], Any]] = {
+    "sequential": PlainSequential,
+    "heads": PlainHeads,
+    "masked": PlainMasked,
+}
 
 
 def plain_logits(mtp: MTPModel, states: Tensor, detach: bool) -> Tensor:
@@ -402,7 +450,10 @@ VARIANTS = {
 @pytest.mark.parametrize(("supervision", "kind"), SUPERVISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_equal_plain_autograd_over_all_logits(method, supervision, kind, variant, mode):
-    mtp = make(method, depth=3, **VARIANTS[variant]).train()
+    options = dict(VARIANTS[variant])
+    if method == "masked":
+        options.pop("hidden_source", None)  # masks are read where ordinary tokens are
+    mtp = make(method, depth=3, **options).train()
     # as close to the target as a trained module is, so that drafts are sometimes right
     losses = backward(
         mtp,

@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
             tokenizer,
             folder,
             max_new_tokens=settings.regenerate_max_new_tokens,
-            keep_hidden=not args.trains_target,
+            keep_hidden=not args.trains_target and mtp.module.reads_states,
         )
     if module.draft_vocab_size is not None:
         encoded, _ = encode_rows(train_set, tokenizer, args.max_length, args.assistant_only_loss)

@@ -89,7 +89,7 @@ class AdaptiveLength:
         """A new decoding call: nobody sits out, and the rate of tokens is not known yet."""
         self._wait: dict[str, int] = defaultdict(lambda: 1)
         self._sit_out: dict[str, int] = defaultdict(int)
-        self._rate, self._batch = 0.0, 1
+        self._rate, self._batch, self._since_probe = 0.0, 1, 0
 
     def begin_round(self, batch: int) -> list[int]:
         """Longest drafts to ask for, and a new decision on who sits out."""
@@ -191,6 +191,51 @@ class AdaptiveLength:
                 best, best_rate = m, rate
         return [subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
 
+    def blocks(self, name: str, drafts: list[Draft], longest: int) -> tuple[int, list[list[int]]]:
+        """(K, of each sequence the rows that carry a block of K masks), so many as pay; (0, none) where none does.
+
+        A block is worth what it lets the next step draft, if the accepted path ends at its row: that chance times
+        the drafts' expected tokens, less the time that they and the block's own rows take, at the rate of tokens now.
+        """
+        batch, base = len(drafts), len(drafts) * (1 + max(map(len, drafts)))
+        ends = [sorted(self._ends(draft), key=lambda row: -row[1]) for draft in drafts]
+        best, best_gain = (0, 0), 0.0
+        gain = 0.0  # of drafts of that many tokens, should they be there
+        for masks in range(1, longest + 1):
+            seconds = (self.cost(batch * (1 + masks)) - self.cost(batch)) / batch + self._step_seconds[name] * masks
+            gain = max(gain, self._reached(name, masks) - self._rate * seconds)
+            total = 0.0
+            for groups in range(1, max(map(len, ends)) + 1):
+                total += gain * sum(rows[groups - 1][1] for rows in ends if len(rows) >= groups)
+                spent = self.cost(base + batch * groups * masks) - self.cost(base)
+                if total - self._rate * spent > best_gain:
+                    best, best_gain = (masks, groups), total - self._rate * spent
+        masks, groups = best if best[0] else self._block_probe(longest)
+        return masks, [[row for row, _ in rows[:groups]] for rows in ends]
+
+    def _block_probe(self, longest: int) -> tuple[int, int]:
+        """Where blocks do not seem to pay: one now and then, to learn whether that has changed."""
+        self._since_probe += 1
+        if self._since_probe < self._wait["masks"]:
+            return 0, 0
+        self._since_probe, self._wait["masks"] = 0, min(2 * self._wait["masks"], self.LONGEST_WAIT)
+        return min(longest, 2), 1
+
+    def _ends(self, draft: Draft) -> list[tuple[int, float]]:
+        """(row, chance that the accepted path ends there), row 0 the last token's own."""
+        ends = [1.0, *self.chances(draft)]
+        for i, chance in enumerate(ends[1:]):
+            ends[draft.parents[i] + 1] -= chance
+        return [(row, max(chance, 0.0)) for row, chance in enumerate(ends)]
+
+    def _reached(self, name: str, depth: int) -> float:
+        """Expected accepted tokens of a chain of that depth."""
+        total, chance = 0.0, 1.0
+        for k in range(1, depth + 1):
+            chance *= self._holds(name, min(k, 6))
+            total += chance
+        return total
+
     def learn(
         self,
         drafts: list[Draft],
@@ -247,3 +292,20 @@ def subset(draft: Draft, keep: Sequence[int]) -> Draft:
         confidence=[draft.confidence[i] for i in keep],
         sources=[draft.sources[i] for i in keep],
     )
+
+
+class FixedLength(AdaptiveLength):
+    """Always drafts as many tokens as asked for and verifies all of them; only the masks' layout adapts."""
+
+    def begin_round(self, batch: int) -> list[int]:
+        """See AdaptiveLength."""
+        super().begin_round(batch)
+        return [self.longest] * batch
+
+    def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
+        """Whatever it costs."""
+        return True
+
+    def prune(self, drafts: list[Draft], drafting_seconds: float) -> list[Draft]:
+        """Nothing is left out."""
+        return drafts

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from foretell.models.slot_cache import SlotCache
 from foretell.types import Draft, Drafter, SequenceState, Worth
 
 
@@ -36,6 +37,22 @@ class Composed:
         for drafter in self.drafters:
             if hasattr(drafter, "generator"):
                 drafter.generator = generator
+
+    @property
+    def blocks(self) -> Any:
+        """Of the one that reads masks in the target's forward; None where there is none."""
+        return next((drafter.blocks for drafter in self.drafters if hasattr(drafter, "blocks")), None)
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows that masks may take."""
+        return sum(getattr(drafter, "extra_rows", 0) for drafter in self.drafters)
+
+    def lend(self, cache: SlotCache) -> None:
+        """The target's cache, for those with passes of their own."""
+        for drafter in self.drafters:
+            if hasattr(drafter, "lend"):
+                drafter.lend(cache)
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""

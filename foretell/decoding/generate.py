@@ -131,12 +131,12 @@ def generate_rows(
             f"a prompt has {max(len(s.tokens) for s in sequences)} tokens, the model reads at most {limit}: shorten it."
         )
     length: int | AdaptiveLength
-    if isinstance(num_draft_tokens, int):
-        length = num_draft_tokens
-    else:
-        assert adaptive is not None, "'auto' needs the one who adapts"
+    if adaptive is not None:
         adaptive.begin()
         length = adaptive
+    else:
+        assert isinstance(num_draft_tokens, int), "'auto' needs the one who adapts"
+        length = num_draft_tokens
     stats = decoder.run(
         sequences,
         RowScores(logits_processor, bool(generation_config.do_sample)),

@@ -19,6 +19,7 @@ from foretell.decoding.compose import timed_draft
 from foretell.decoding.policies import LOSSY
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
+from foretell.decoding.trees import lay_masks
 from foretell.decoding.verify import verify, verify_greedy
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
@@ -67,7 +68,7 @@ class Decoder:
         self.target.refresh()
         longest = self.adaptive.longest if self.adaptive else self.length
         slots = min(slots, max(len(sequences), 1))
-        self._open(slots, max_tokens + 2 * longest + 2)
+        self._open(slots, max_tokens + 2 * longest + 2 + getattr(self.drafter, "extra_rows", 0))
         if hasattr(self.drafter, "generator"):
             self.drafter.generator = generator
         # longest prompts first: they share prefill forwards with others of their length
@@ -93,20 +94,25 @@ class Decoder:
         active = self.active
         start = time.perf_counter()
         # a tree too broad for what is left of the cache loses its last rows
-        room = self.cache.capacity - max(s.cached for s in active) - 1
+        room = self.cache.capacity - max(s.cached for s in active) - 1 - getattr(self.drafter, "extra_rows", 0)
         drafts = [subset(d, range(min(len(d), room))) for d in self._drafts()]
         drafted = time.perf_counter()
-        # 1. one row for each sequence's last token, then one a draft; a chain needs no parents
+        # 1. one row for each sequence's last token, then one a draft, then masks below them; a chain needs no parents
+        masks, carriers = self._masks_below(drafts)
         R = 1 + max(len(d) for d in drafts)
         ids = [[s.tokens[-1], *d.tokens, *[0] * (R - 1 - len(d))] for s, d in zip(active, drafts, strict=True)]
         chains = all(p == i - 1 for d in drafts for i, p in enumerate(d.parents))
-        parents_BR, valid_rows_B, position_ids_BR = None, None, None
+        parents_BR, valid_rows_B, position_ids_BR, steps_BR, blocks = None, None, None, None, None
         lengths_B = self._tensor([s.cached for s in active])
         if min(len(d) for d in drafts) < R - 1 or not chains:
             valid_rows_B = self._tensor([1 + len(d) for d in drafts])
-        if not chains:
-            parents_BR = self._tensor([[-1, *[p + 1 for p in d.parents], *[-2] * (R - 1 - len(d))] for d in drafts])
-            position_ids_BR = lengths_B[:, None] + self._tensor([_depths(d, R) for d in drafts])
+        if not chains or masks:
+            parents = [[-1, *[p + 1 for p in d.parents], *[-2] * (R - 1 - len(d))] for d in drafts]
+            if masks:
+                blocks, steps = lay_masks(parents, ids, masks, carriers)
+                steps_BR, R, valid_rows_B = self._tensor(steps), len(parents[0]), None
+            parents_BR = self._tensor(parents)
+            position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
         # 2. one target forward
         rows = self.target.forward_rows(
             self._tensor(ids),
@@ -117,9 +123,11 @@ class Decoder:
             valid_rows_B=valid_rows_B,
             visible=max(s.cached for s in active) + R,
             full=R == 1 and len({s.cached for s in active}) == 1,
+            steps_BR=steps_BR,
         )
+        rows.blocks = blocks
         # 3. verify
-        logits_BRV = self.target.logits(rows.post_norm_BRD, view=True)
+        logits_BRV = self.target.logits(rows.post_norm_BRD[:, : 1 + max(len(d) for d in drafts)], view=True)
         verdicts = self._verdicts(active, drafts, logits_BRV)
         self.stats.target_forwards += 1
         self.stats.verifications += 1
@@ -140,6 +148,11 @@ class Decoder:
             spent = time.perf_counter() - start
             self.adaptive.learn(self._proposed, told, self._drafting, len(active) * R, spent)
         return emitted
+
+    def _masks_below(self, drafts: list[Draft]) -> tuple[int, list[list[int]]]:
+        """(K, of each sequence the rows that carry K masks): some drafters read masks in the verifying forward."""
+        lays = getattr(self.drafter, "blocks", None)
+        return (0, []) if lays is None else lays(self.active, drafts, self.adaptive)
 
     def _drafts(self) -> list[Draft]:
         self._drafting: dict[str, tuple[float, int]] = {}
@@ -175,7 +188,7 @@ class Decoder:
             count += 1
             if self.finished(sequence):
                 break
-        depths = _depths(draft, len(draft) + 1)
+        depths = _depths([-1, *[p + 1 for p in draft.parents]])
         sequence.record.append(
             Verification(len(draft), max(depths), min(count, len(verdict.path)), count, [s for _, s in new[:count]])
         )
@@ -241,17 +254,19 @@ class Decoder:
         self._calls_before = getattr(self.drafter, "calls", 0)
         for watcher in self.watchers:
             watcher.open(self.cache.slots, self.cache.capacity)
+            if hasattr(watcher, "lend"):
+                watcher.lend(self.cache)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
 
 
-def _depths(draft: Draft, rows: int) -> list[int]:
+def _depths(parents: list[int]) -> list[int]:
     """Depth of each row below the cache: 0 for the last token's own row; padding rows stand at 0."""
-    depths = [0]
-    for parent in draft.parents:
-        depths.append(depths[parent + 1] + 1)
-    return depths + [0] * (rows - len(depths))
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return depths
 
 
 class HiddenRecorder:

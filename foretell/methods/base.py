@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,7 @@ from foretell.types import IGNORE_INDEX, Batch, LossSum
 METHODS = {
     "sequential": "foretell.methods.sequential:SequentialConfig",
     "heads": "foretell.methods.heads:HeadsConfig",
+    "masked": "foretell.methods.masked:MaskedConfig",
 }
 
 GradientMode = Literal["disabled", "standalone", "joint"]
@@ -89,6 +91,8 @@ class MTPModule(nn.Module):
     """
 
     guesses_trees = False  # whether its drafter has a `tree` to be told which guesses to propose
+    lays_masks = False  # whether its drafts come of mask rows that ride in the target's forward
+    reads_states = True  # whether the target's states are all it needs of a text, so that kept ones will do
     draft_vocab_ids: Tensor | None
 
     def __init__(self, config: MTPConfig, target: Target) -> None:
@@ -107,6 +111,25 @@ class MTPModule(nn.Module):
                 f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}."
             )
         self.draft_vocab_ids.copy_(ids_M)
+
+    def frozen(self) -> list[nn.Parameter]:
+        """Parameters that never learn."""
+        return []
+
+    def as_peft(self, target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Settings and tensors of a plain PEFT adapter, where the module is one; state: its tensors, whole."""
+        return None
+
+    def read(self, target: Target, batch: Batch, learns: bool, joint: bool) -> TargetRows | None:
+        """The target's states of a text, with gradient if it learns (joint: from the module too); None: the losses read
+        it themselves.
+        """
+        with nullcontext() if learns else torch.no_grad():
+            return target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+
+    def choose(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """[B, T, K] labels that a training step is to learn, where it learns a random part; None: all of them."""
+        return None
 
     def source(self, rows: TargetRows) -> Tensor:
         """h^0 of the chain."""
@@ -157,9 +180,21 @@ class MTPModule(nn.Module):
         return labels_of(batch, self.config.depth)
 
     def losses(
-        self, target: Target, batch: Batch, rows: TargetRows, *, detach: bool, supervision: Supervision, kind: LossKind
+        self,
+        target: Target,
+        batch: Batch,
+        rows: TargetRows | None,
+        *,
+        detach: bool,
+        supervision: Supervision,
+        kind: LossKind,
+        coefficients_K: Tensor | None = None,
     ) -> list[LossSum]:
-        """One LossSum a depth. detach: `standalone`, no gradient to states, embeddings or output head of the target."""
+        """One LossSum a depth. detach: `standalone`, no gradient to states, embeddings or output head of the target.
+
+        rows: as `read` gave them. coefficients_K: what the depths' totals will be multiplied by; only a stream asks.
+        """
+        assert rows is not None, "this method reads the target's states"
         source_BTD, post_BTD = self.source(rows), rows.post_norm_BRD.detach()
         labels_BTK = self.labels(batch)
         if supervision == "teacher_hard":

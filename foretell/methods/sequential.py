@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from foretell.methods.base import MTPConfig, MTPModule
+from foretell.methods.chain import ChainDrafter
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.shift import ahead
-from foretell.types import Batch, Draft, SequenceState, Worth
+from foretell.types import Batch, Draft, SequenceState
 
 LONGEST_SHARED = 16
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
@@ -100,26 +101,23 @@ class SequentialModule(MTPModule):
         return SequentialDrafter(self, target, sample)
 
 
-class SequentialDrafter:
+class SequentialDrafter(ChainDrafter):
     """Drafts a chain: depth k reads position j's state of depth k-1 and token j+k, drafted where it is not known yet.
 
     Rows whose tokens were drafts that the target then refused are computed again with the true tokens: done counts,
     for each depth and slot, the leading rows that saw only true tokens.
     """
 
-    name = "mtp"
+    module: SequentialModule
 
     def __init__(self, module: SequentialModule, target: Target, sample: bool = False) -> None:
-        self.module, self.target, self.sample = module, target, sample
-        self.generator: torch.Generator | None = None
+        super().__init__(module, target, sample)
         # a module reused at every depth can go deeper than it was trained; separate modules end
         self.longest = LONGEST_SHARED if module.config.shared_module else module.config.depth
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
-        self._head = module.draft_head(target)
         self.slots = self.capacity = 0
-        self.calls = 0  # forwards of one block, for tests and reports
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""
@@ -152,31 +150,8 @@ class SequentialDrafter:
             flat_ND = flat_ND[torch.tensor(picked, device=flat_ND.device)]
         self._states[0].index_copy_(0, torch.tensor(at, device=flat_ND.device), flat_ND)
 
-    @torch.no_grad()
-    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
-        """See Drafter."""
-        drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
-        # with a prompt of one token there is no state to read yet
-        wanted = [min(length, self.longest) if s.cached else 0 for s, length in zip(sequences, lengths, strict=True)]
-        for k in range(1, max(wanted, default=0) + 1):
-            for b, draft in enumerate(drafts):
-                if wanted[b] >= k and (len(draft) < k - 1 or (worth is not None and not worth(self.name, b, draft))):
-                    wanted[b] = k - 1
-            if max(wanted) < k:
-                break
-            probs_BM = torch.softmax(self._step(sequences, drafts, k, wanted).float(), dim=-1)
-            if self.sample:
-                chosen_B = torch.multinomial(probs_BM, 1, generator=self.generator)[:, 0]
-                confidence_B = probs_BM.gather(1, chosen_B[:, None])[:, 0]
-            else:
-                confidence_B, chosen_B = probs_BM.max(dim=-1)
-            ids = self.module.draft_vocab_ids
-            tokens = (chosen_B if ids is None else ids[chosen_B]).tolist()
-            for b, (token, confidence) in enumerate(zip(tokens, confidence_B.tolist(), strict=True)):
-                if wanted[b] >= k:
-                    probs_V = self.module.spread(probs_BM[b], self.target) if self.sample else None
-                    drafts[b].add(token, k - 2, confidence, self.name, probs_V)
-        return drafts
+    def _limit(self, sequence: SequenceState) -> int:
+        return self.longest if sequence.cached else 0  # with a prompt of one token there is no state to read yet
 
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks, foretell_attention
+from foretell.models.gated_lora import GatedAdapters, GatedLinear, RowAdapter
 
 PACKED_FROM_ROWS = 4  # below this the matrix product's vector kernels win
 _COPIES = 2  # that a packed linear keeps of its weight
@@ -150,6 +151,10 @@ class NormedLinear(nn.Module):
         self.bias = self.gained.new_zeros(1) if linear.bias is None else linear.bias
         self._norm, self._linear = norm.forward, linear.forward
 
+    def normed(self, x_ND: Tensor) -> Tensor:
+        """norm(x): what the linear reads."""
+        return self._norm(x_ND)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if x.numel() != self.in_features:
@@ -204,9 +209,35 @@ class FusedLayer(nn.Module):
         self.place = nn.Module()  # what the attention function asks its module for; the masks are hung on it
         self.place.layer_idx = self.layer = attention.layer_idx
         self.scaling, self.window = attention.scaling, _PLAIN_LAYERS[type(layer).__name__](attention)
+        self.order_N = order_N
+        self.gate: GatedAdapters | None = None  # adapters of mask rows, where a masked module has given some
+        self.added: dict[str, RowAdapter] = {}
         # straight to the functions: at one row, calling through nn.Module costs as much as a small operation
         self._qkv, self._o = self.qkv.forward, self.o.plus
         self._gate_up, self._down, self._act = self.gate_up.forward, self.down.plus, mlp.act_fn.forward
+
+    def gated(self, adapters: GatedAdapters, path: str) -> None:
+        """Adapters of the linears below this path, laid side by side as the products are."""
+        E = self.E
+        widths = {"q": self.Hq * E, "k": self.H * E, "v": self.H * E}
+        parts = {
+            "qkv": ("self_attn", widths),
+            "o": ("self_attn", {"o": self.o.out_features}),
+            "gate_up": ("mlp", dict.fromkeys(("gate", "up"), self.gate_up.linear.out_features // 2)),
+            "down": ("mlp", {"down": self.down.out_features}),
+        }
+        for product, (place, outs) in parts.items():
+            paths = [f"{path}.{place}.{name}_proj" for name in outs]
+            if any(one in adapters.of for one in paths):
+                self.gate = adapters
+                self.added[product] = RowAdapter(adapters, paths, list(outs.values()))
+        if "qkv" in self.added:
+            B = self.added["qkv"].B
+            B[: len(self.order_N)] = B[self.order_N]
+
+    def _add(self, product: str, out: Tensor, x_nD: Tensor) -> None:
+        if product in self.added:
+            self.added[product].add(out.view(-1, out.shape[-1]), x_nD)
 
     def forward(
         self,
@@ -219,9 +250,13 @@ class FusedLayer(nn.Module):
         **kwargs: object,
     ) -> Tensor:
         """[B, R, D] -> [B, R, D], as transformers' layers are called."""
-        B, R, _ = hidden_states.shape
+        B, R, D = hidden_states.shape
         H, Hq, E = self.H, self.Hq, self.E
-        qkv = self._qkv(hidden_states).view(B, R, Hq + 2 * H, E)
+        rows = None if self.gate is None else self.gate.rows  # mask rows: the adapters' and nobody else's
+        qkv = self._qkv(hidden_states)
+        if rows is not None:
+            self._add("qkv", qkv, self.qkv.normed(hidden_states.view(-1, D)[rows]))
+        qkv = qkv.view(B, R, Hq + 2 * H, E)
         if self.has_qk_norm:
             qkv[:, :, :Hq] = self.q_norm(qkv[:, :, :Hq])
             qkv[:, :, Hq : Hq + H] = self.k_norm(qkv[:, :, Hq : Hq + H])
@@ -235,9 +270,19 @@ class FusedLayer(nn.Module):
         out, _ = foretell_attention(
             self.place, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.window
         )
-        hidden = self._o(out.reshape(B, R, Hq * E), hidden_states)
-        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
-        return self._down(self._act(gate).mul_(up), hidden)
+        mixed = out.reshape(B, R, Hq * E)
+        hidden = self._o(mixed, hidden_states)
+        if rows is not None:
+            self._add("o", hidden, mixed.view(-1, Hq * E)[rows])
+        gate_up = self._gate_up(hidden)
+        if rows is not None:
+            self._add("gate_up", gate_up, self.gate_up.normed(hidden.view(-1, D)[rows]))
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = self._act(gate).mul_(up)
+        out = self._down(inner, hidden)
+        if rows is not None:
+            self._add("down", out, inner.view(-1, inner.shape[-1])[rows])
+        return out
 
 
 def _norm_in_order(norm: nn.Module | None, order_E: Tensor) -> nn.Module | None:
@@ -269,30 +314,45 @@ def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     return fused if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())) else None
 
 
-def fast_view(module: nn.Module) -> nn.Module:
+def fast_view(module: nn.Module, gated: tuple[GatedAdapters, str] | None = None) -> nn.Module:
     """A module tree of its own over the SAME parameters, with fast parts where they compute the same.
 
+    gated: adapters of mask rows, which every linear that has one then knows, and the path that theirs are below.
     Packed copies go stale when weights change: `weights_version` tells.
     """
     shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     view = copy.deepcopy(module, shared).eval()
     on_cpu = all(p.device.type == "cpu" for p in module.parameters())
     pack = on_cpu and _can_pack(module)
-    _swap(view, Rotation() if pack else None)
+    _swap(view, Rotation() if pack else None, gated, "")
     return view
 
 
-def _swap(parent: nn.Module, rotation: Rotation | None) -> None:
+def _swap(parent: nn.Module, rotation: Rotation | None, gated: tuple[GatedAdapters, str] | None, path: str) -> None:
     for name, child in list(parent.named_children()):
+        at = f"{path}.{name}" if path else name
         fast: nn.Module | None = None if rotation is None else _fused_layer(child, rotation)
         if fast is None and rotation is not None and type(child) is nn.Linear and child.weight.dtype == torch.float32:
             fast = PackedLinear.of(child)
         if fast is None:
             fast = _fused_norm(child)
+        if gated is not None and at.startswith(f"{gated[1]}."):
+            adapters, below = gated[0], at.removeprefix(f"{gated[1]}.")
+            if isinstance(fast, FusedLayer):
+                fast.gated(adapters, below)
+            elif below in adapters.of:
+                adapter = RowAdapter(adapters, [below], [child.out_features])
+                fast = GatedLinear(child if fast is None else fast, adapter.to(_dtype_of(child)))
         if fast is None:
-            _swap(child, rotation)
+            _swap(child, rotation, gated, at)
         else:
             setattr(parent, name, fast)
+
+
+def _dtype_of(linear: Any) -> torch.dtype:
+    """What a linear's products come in; quantized weights are whole numbers, their products are not."""
+    dtype = linear.weight.dtype
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
 def weights_version(module: nn.Module) -> tuple[int, ...]:

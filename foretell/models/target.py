@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from foretell.models.attention import NAME, RowMasks
+from foretell.models.comb_attention import COMB, CombKeys
 from foretell.models.fast import fast_view, weights_version
+from foretell.models.gated_lora import MaskRows
 from foretell.models.graphs import StaticSteps
 from foretell.models.slot_cache import SlotCache
 
@@ -31,6 +35,7 @@ class TargetRows:
 
     post_norm_BRD: Tensor
     pre_norm_BRD: Tensor | None
+    blocks: list[dict[int, int]] | None = None  # of each sequence: {row that carries masks: row of its first mask}
 
 
 class UnsupportedModelError(ValueError):
@@ -95,6 +100,7 @@ class Target:
         self._version: tuple[int, ...] | None = None
         self._masks = RowMasks()
         self.static: StaticSteps | None = None  # decode steps as CUDA graphs, on a GPU
+        self.mask_rows: MaskRows | None = None  # mask embeddings and gated adapters, of the masked method
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -195,17 +201,65 @@ class Target:
             handle.remove()
         return TargetRows(out.last_hidden_state, captured[0])
 
+    @contextmanager
+    def attending(self, attention: str, hung_as: str, rule: Any) -> Iterator[None]:
+        """While this is open, the model's own layers attend through a function of ours, which finds `rule` at their
+        attention modules. The model itself, not a copy: parallel wrappers and adapters inside it stay in the path.
+        """
+        config = self.decoder.config
+        before = config._attn_implementation_internal
+        places = [part for part in self.layers.modules() if hasattr(part, "layer_idx")]
+        config._attn_implementation_internal = attention
+        for place in places:
+            place.__dict__[hung_as] = rule
+        try:
+            yield
+        finally:
+            config._attn_implementation_internal = before
+            for place in places:
+                place.__dict__.pop(hung_as, None)
+
+    @contextmanager
+    def constant(self) -> Iterator[None]:
+        """While this is open, gradient passes through the target to its inputs and adapters, not into its weights."""
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+    def read_comb(self, embedding_BRD: Tensor, position_ids_BR: Tensor, keys: CombKeys) -> Tensor:
+        """[B, R, D] after the final norm: text rows or mask rows of a comb, as `keys` was told."""
+        with self.attending(COMB, "foretell_comb", keys):
+            out = self.decoder(
+                inputs_embeds=embedding_BRD, position_ids=position_ids_BR, past_key_values=keys, use_cache=True
+            )
+        return out.last_hidden_state
+
+    def read_tree(self, embedding_BRD: Tensor, position_ids_BR: Tensor, parents_BR: Tensor) -> Tensor:
+        """[B, R, D] after the final norm: all rows of a token tree at once, with gradient. read_comb's slow twin."""
+        masks = RowMasks()
+        B, R = parents_BR.shape
+        masks.begin(torch.zeros(B, dtype=torch.long, device=parents_BR.device), R, R, parents_BR=parents_BR)
+        with self.attending(NAME, "foretell_masks", masks):
+            out = self.decoder(inputs_embeds=embedding_BRD, position_ids=position_ids_BR, use_cache=False)
+        return out.last_hidden_state
+
     def refresh(self) -> None:
         """Make the fast module tree anew if the weights have changed. Once a decoding call: the check takes
         milliseconds."""
-        if self._view is not None and weights_version(self.model) != self._version:
+        if self._view is not None and self._weights_version() != self._version:
             self.release()
         self.view()
 
     def view(self) -> nn.Module:
         """The fast module tree: the same weights, through our attention function and fast parts."""
         if self._view is None:
-            self._view, self._version = fast_view(self.model), weights_version(self.model)
+            gated = None if self.mask_rows is None else self.mask_rows.by_path(self.model, self.layers)
+            self._view, self._version = fast_view(self.model, gated), self._weights_version()
             config = self._view.config.get_text_config()
             config._attn_implementation_internal = NAME
             self._masks.hang_on(self._view)
@@ -215,6 +269,9 @@ class Target:
             )
             norm.register_forward_pre_hook(self._capture)
         return self._view
+
+    def _weights_version(self) -> tuple[int, ...]:
+        return weights_version(self.model) + (() if self.mask_rows is None else weights_version(self.mask_rows))
 
     def release(self) -> None:
         """Forget the fast module tree, its packed weights and what was recorded of it."""
@@ -236,18 +293,20 @@ class Target:
         valid_rows_B: Tensor | None = None,
         visible: int,
         full: bool = False,
+        steps_BR: Tensor | None = None,
     ) -> TargetRows:
         """One forward over rows of a token tree, on top of lengths_B cached tokens of slots first, first + 1, ...
 
         parents_BR None: each sequence's rows are a chain of valid_rows_B rows (all of them if None). visible is the
         number of cache columns in use after this step. full: nothing is hidden from any row, so no mask is needed.
+        steps_BR: 0 for tokens, j for mask j of a block: those read mask_rows' embedding j, through its adapters.
         """
         B, R = input_ids_BR.shape
         if position_ids_BR is None:
             position_ids_BR = lengths_B[:, None] + torch.arange(R, device=lengths_B.device)
         if self.static is None and self.device.type == "cuda" and self._can_be_recorded():
             self.static = StaticSteps(self.forward_static, replayed=True)
-        if self.static is not None and first == 0 and self.static.takes(B, R):
+        if self.static is not None and first == 0 and steps_BR is None and self.static.takes(B, R):
             self.view()
             rows = self.static(
                 input_ids_BR,
@@ -260,11 +319,16 @@ class Target:
             )
             return TargetRows(rows.post_norm_BRD[:B], rows.pre_norm_BRD[:B])
         masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B, "full": full}
-        return self._forward_rows(input_ids_BR, lengths_B, cache, first, position_ids_BR, visible, masks)
+        if steps_BR is None:
+            return self._forward_rows(input_ids_BR, lengths_B, cache, first, position_ids_BR, visible, masks)
+        assert self.mask_rows is not None, "only a masked module's target reads mask rows"
+        embedding_BRD = self.mask_rows.embed(self.embed(input_ids_BR), steps_BR)
+        with self.mask_rows.through(steps_BR):
+            return self._forward_rows(embedding_BRD, lengths_B, cache, first, position_ids_BR, visible, masks)
 
     def _forward_rows(
         self,
-        ids_BR: Tensor,
+        read: Tensor,
         lengths_B: Tensor,
         cache: SlotCache,
         first: int,
@@ -272,7 +336,8 @@ class Target:
         visible: int,
         masks: dict[str, Any],
     ) -> TargetRows:
-        view, R = self.view(), ids_BR.shape[1]
+        """read: token ids [B, R] or what stands for them, [B, R, D]."""
+        view, R = self.view(), read.shape[1]
         valid_BR = None
         if masks["valid_rows_B"] is not None:
             valid_BR = torch.arange(R, device=lengths_B.device) < masks["valid_rows_B"][:, None]
@@ -280,7 +345,7 @@ class Target:
         self._masks.begin(lengths_B, visible, R, **masks)
         decoder = view.get_decoder()
         out = decoder(
-            input_ids=ids_BR,
+            **{"input_ids" if read.dim() == 2 else "inputs_embeds": read},
             position_ids=position_ids_BR,
             past_key_values=cache,
             use_cache=True,

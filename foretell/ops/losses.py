@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from foretell.ops.loss_checks import Kind, check, check_range
 from foretell.types import IGNORE_INDEX, LossSum
 
-Kind = Literal["ce", "kl", "reverse_kl", "tv"]
 Weighting = Literal["uniform", "harmonic", "exponential"]
 # bytes of one [C, M] buffer of logits: small enough for a CPU's caches, large enough to fill a GPU
 CHUNK_BYTES_CPU, CHUNK_BYTES_DEVICE = 16 * 2**20, 256 * 2**20
@@ -51,6 +51,8 @@ def linear_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     row_weight_N: Tensor | None = None,
+    groups_N: Tensor | None = None,
+    groups: int | None = None,
     chunk_rows: int | None = None,
 ) -> LossSum:
     """Sum over rows of a loss of softmax(head(hidden)) against labels or a teacher, without [N, M] logits.
@@ -73,17 +75,20 @@ def linear_loss(
         bias_M, teacher_bias_M: [M] biases of the heads.
         softcap, logit_scale: of the student's and the teacher's logits alike, since both are the target's head.
         row_weight_N: [N] factor of each row in the total; counts are not weighted.
+        groups_N, groups: [N] long in [0, G) and G: one sum a group (depths that share teacher rows share their
+            logits so). Only for a head that needs no gradient itself.
         chunk_rows: C. None: as many as 16 MiB of fp32 logits hold on a CPU, 256 MiB elsewhere, and at least 64.
 
     Returns:
-        LossSum: total (fp32, differentiable), count and correct (long). No counted row: zeros, and zero gradients.
+        LossSum: total (fp32, differentiable), count and correct (long), each [G] with groups. No counted row: zeros,
+        and zero gradients.
 
     Raises:
         ValueError: unknown kind, missing labels or teacher, shapes that do not fit, labels or rows out of range.
     """
-    _check(
+    check(
         kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
-        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N,
+        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N, groups_N, groups,
     )  # fmt: skip
     rows_N = None if labels_N is None else _counted(labels_N)
     head = _Head(hidden_ND, weight_MD, bias_M, logit_scale, softcap)
@@ -99,7 +104,7 @@ def linear_loss(
             teacher_rows_N = rows_N
     else:
         labels_N = _pick(labels_N, rows_N)
-        _check_range("labels_N", labels_N, weight_MD.shape[0], "tokens of the head: map them to its vocabulary")
+        check_range("labels_N", labels_N, weight_MD.shape[0], "tokens of the head: map them to its vocabulary")
     job = _Job(
         head=head,
         rows=rows_N,
@@ -110,11 +115,15 @@ def linear_loss(
         teacher=teacher,
         teacher_rows=teacher_rows_N,
         row_weight=None if row_weight_N is None else _pick(row_weight_N.detach(), rows_N),
+        group_rows=None if groups_N is None else _pick(groups_N, rows_N),
+        groups=groups,
         grad_enabled=torch.is_grad_enabled(),
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):  # _Head has chosen the types, in the open
         total, correct = _LinearLoss.apply(hidden_ND, weight_MD, bias_M, job)
-    return LossSum(total, torch.tensor(job.count, device=total.device), correct)
+    if groups is None:
+        return LossSum(total, torch.tensor(job.count, device=total.device), correct)
+    return LossSum(total, torch.bincount(job.group_rows, minlength=groups), correct)
 
 
 def naive_linear_loss(
@@ -131,12 +140,14 @@ def naive_linear_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     row_weight_N: Tensor | None = None,
+    groups_N: Tensor | None = None,
+    groups: int | None = None,
     chunk_rows: int | None = None,
 ) -> LossSum:
     """linear_loss with all logits at once and plain autograd: the twin that a reader can check by eye."""
-    _check(
+    check(
         kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
-        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N,
+        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N, groups_N, groups,
     )  # fmt: skip
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,7 +179,14 @@ def naive_linear_loss(
     if row_weight_N is not None:
         loss_N = loss_N * row_weight_N.detach()
     right_N = x_NM.argmax(-1) == wanted_N
-    return LossSum(loss_N[counted_N].sum(), counted_N.sum(), (right_N & counted_N).sum())
+    if groups is None:
+        return LossSum(loss_N[counted_N].sum(), counted_N.sum(), (right_N & counted_N).sum())
+    each = [counted_N & (groups_N == g) for g in range(groups)]
+    return LossSum(
+        torch.stack([loss_N[rows_N].sum() for rows_N in each]),
+        torch.stack([rows_N.sum() for rows_N in each]),
+        torch.stack([(right_N & rows_N).sum() for rows_N in each]),
+    )
 
 
 def depth_weights(kind: Weighting, depth: int, beta: float = 0.6) -> list[float]:
@@ -259,6 +277,8 @@ class _Job:
     teacher: _Head | None
     teacher_rows: Tensor | None  # None: as rows, all as they stand
     row_weight: Tensor | None
+    group_rows: Tensor | None
+    groups: int | None
     grad_enabled: bool
 
 
@@ -334,8 +354,9 @@ class _LinearLoss(torch.autograd.Function):
         grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
         grad_weight_MD = torch.zeros_like(weight_MD, dtype=sum_dtype) if wants_weight else None
         grad_bias_M = torch.zeros_like(bias_M, dtype=sum_dtype) if wants_bias else None
-        total = torch.zeros((), dtype=sum_dtype, device=device)
-        correct = torch.zeros((), dtype=torch.long, device=device)
+        sums = () if job.groups is None else (job.groups,)
+        total = torch.zeros(sums, dtype=sum_dtype, device=device)
+        correct = torch.zeros(sums, dtype=torch.long, device=device)
         for start in range(0, job.count, job.chunk_rows):
             chunk = slice(start, start + job.chunk_rows)
             rows_C = None if job.rows is None else job.rows[chunk]
@@ -349,9 +370,13 @@ class _LinearLoss(torch.autograd.Function):
                 loss_C, grad_CM, right_C = _label_loss(x_CM, job.labels[chunk], buffers)
             else:
                 loss_C, grad_CM, right_C = _teacher_loss(x_CM, job, chunk, buffers)
-            correct += right_C.sum()
             weight_C = None if job.row_weight is None else job.row_weight[chunk].to(sum_dtype)
-            total += loss_C.sum() if weight_C is None else loss_C.dot(weight_C)
+            if job.group_rows is not None:
+                correct.index_add_(0, job.group_rows[chunk], right_C.long())
+                total.index_add_(0, job.group_rows[chunk], loss_C if weight_C is None else loss_C * weight_C)
+            else:
+                correct += right_C.sum()
+                total += loss_C.sum() if weight_C is None else loss_C.dot(weight_C)
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
             if slope_CM is not None:
@@ -377,7 +402,13 @@ class _LinearLoss(torch.autograd.Function):
                     grad_weight_MD.addmm_(grad_CM.t(), hidden_CD)
                 else:
                     grad_weight_MD += grad_CM.t().mm(hidden_CD)
+        # each row's group, and with it the scalar that comes back for it; rows that do not count have no gradient
+        group_N = None
+        if job.group_rows is not None and wants_hidden:
+            group_N = torch.zeros(len(hidden_ND), dtype=torch.long, device=device)
+            group_N[slice(None) if job.rows is None else job.rows] = job.group_rows
         ctx.save_for_backward(grad_hidden_ND, grad_weight_MD, grad_bias_M)
+        ctx.group_N = group_N
         ctx.dtypes = (hidden_ND.dtype, weight_MD.dtype, None if bias_M is None else bias_M.dtype)
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -386,6 +417,8 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # in the scalar's own type: 1 / count rounded to bf16 would scale the whole gradient
+        if ctx.group_N is not None:
+            grad_total = grad_total[ctx.group_N][:, None]
         grads = [
             None
             if kept is None
@@ -395,7 +428,7 @@ class _LinearLoss(torch.autograd.Function):
         return *grads, None
 
 
-# -- small helpers and the checks --------------------------------------------------------------------------------------
+# -- small helpers ----------------------------------------------------------------------------------------------------
 
 
 def _matmul_dtype(hidden: Tensor, weight_MD: Tensor) -> torch.dtype:
@@ -418,68 +451,3 @@ def _counted(labels_N: Tensor) -> Tensor | None:
 
 def _pick(values: Tensor, rows: Tensor | None) -> Tensor:
     return values if rows is None else values[rows]
-
-
-def _check_range(name: str, values: Tensor, end: int, of_what: str) -> None:
-    if values.numel():
-        low, high = (int(v) for v in values.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name}: got values from {low} to {high}, wanted 0 to {end - 1}, {of_what}.")
-
-
-def _check(
-    kind: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    softcap: float | None,
-    chunk_rows: int | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_rows: Tensor | None,
-) -> None:
-    """Raise ValueError on anything that does not fit, all of it in one message."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"unknown loss kind {kind!r}, choose one of {', '.join(get_args(Kind))}.")
-    if hidden.dim() != 2 or weight.dim() != 2:
-        raise ValueError(
-            f"got hidden states {tuple(hidden.shape)} and weight {tuple(weight.shape)}, wanted [N, D] and [M, D]. "
-            "Flatten batch and positions first: hidden.reshape(-1, D)."
-        )
-    N, M = len(hidden), len(weight)
-    problems = []
-
-    def fits(name: str, value: Tensor | None, wanted: tuple[int, ...], do: str) -> None:
-        if value is not None and tuple(value.shape) != wanted:
-            problems.append(f"{name}: got shape {tuple(value.shape)}, wanted {wanted}: {do}")
-
-    fits("weight_MD", weight, (M, hidden.shape[1]), "the head's width is that of hidden_ND")
-    fits("bias_M", bias, (M,), "one a token of the head")
-    fits("labels_N", labels, (N,), "one a row of hidden_ND; flatten it the same way")
-    fits("row_weight_N", row_weight, (N,), "one a row of hidden_ND; flatten it the same way")
-    if labels is None and teacher_hidden is None:
-        problems.append("got neither labels_N nor teacher_hidden_ND: pass one of them")
-    if (teacher_hidden is None) != (teacher_weight is None):
-        problems.append("a teacher is both teacher_hidden_ND and teacher_weight_MD: pass both or none")
-    elif teacher_hidden is None:
-        if kind != "ce":
-            problems.append(f"kind {kind!r} compares with a teacher: pass teacher_hidden_ND and teacher_weight_MD")
-        if teacher_rows is not None or teacher_bias is not None:
-            problems.append("teacher_rows_N and teacher_bias_M say nothing without teacher_hidden_ND: leave them out")
-    else:
-        S, width = len(teacher_hidden), teacher_hidden.shape[-1]
-        fits("teacher_hidden_ND", teacher_hidden, (N if teacher_rows is None else S, width), "or pass teacher_rows_N")
-        fits("teacher_weight_MD", teacher_weight, (M, width), "the student's vocabulary, the teacher's width")
-        fits("teacher_bias_M", teacher_bias, (M,), "one a token of the head")
-        fits("teacher_rows_N", teacher_rows, (N,), "one a row of hidden_ND; flatten it the same way")
-    if softcap is not None and softcap <= 0:
-        problems.append(f"softcap: got {softcap}, wanted more than 0, or None for no cap")
-    if chunk_rows is not None and chunk_rows < 1:
-        problems.append(f"chunk_rows: got {chunk_rows}, wanted at least 1, or None for the default")
-    if problems:
-        raise ValueError("; ".join(problems) + ".")
-    if teacher_rows is not None:
-        _check_range("teacher_rows_N", teacher_rows, len(teacher_hidden), "rows of teacher_hidden_ND")

@@ -241,6 +241,32 @@ def comb_mask_mod(
     return mask_mod
 
 
+def interval_mask_mod(
+    first_BR: Tensor, last_BR: Tensor, columns: int, masks: int, window: int | None = None
+) -> MaskMod:
+    """FlexAttention's mask_mod for rows of a comb whose text is in a cache, in closed form.
+
+    Columns 0..columns - 1 are the text, of which a row sees first..last; column columns + r is row r itself, where rows
+    are blocks of `masks` masks. With masks 0 the rows are text and have no columns of their own.
+
+    Args:
+        first_BR, last_BR: [B, R] long, the run of text columns of each row.
+        columns: text columns.
+        masks: K.
+        window: positions, within a block too.
+    """
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        text = (kv >= first_BR[b, q]) & (kv <= last_BR[b, q]) & (kv < columns)
+        if not masks:
+            return text
+        row = kv - columns
+        own = (row >= 0) & (row // masks == q // masks) & (row <= q)
+        return text | (own if window is None else own & (q - row < window))
+
+    return mask_mod
+
+
 def _comb_rows(row: Tensor, tokens: int, masks: int) -> tuple[Tensor, Tensor]:
     """Owner (token) and step (0: the token itself, j: its mask j) of a comb's rows."""
     mask = row - tokens

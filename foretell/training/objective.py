@@ -30,25 +30,31 @@ def count_labels(batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_siz
     return torch.cat([ordinary[None], valid_BTK.sum((0, 1))])
 
 
-def objective(
-    losses: dict[str, Any], counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
-    counts.
+def coefficients(counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float) -> Tensor:
+    """[K] what each depth's sum is multiplied by: scale * the depth's weight / its global count.
 
     counts_K1 [1 + K] are global: over all micro-batches and ranks of this step. So a micro-batch's share of the loss is
     the same however the step is cut up. Depths that count nothing contribute nothing.
     """
+    counts_K = counts_K1[1:].clamp(min=1)
+    return scale * torch.tensor(depth_weights(weights, len(counts_K), beta), device=counts_K.device) / counts_K
+
+
+def objective(
+    losses: dict[str, Any], counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
+    counts, which are those of `coefficients`.
+    """
     mtp = losses["mtp"]
-    counts_K1 = counts_K1.to(mtp[0].total.device).clamp(min=1)
+    counts_K1 = counts_K1.to(mtp[0].total.device)
     parts = {}
     total = mtp[0].total.new_zeros(())
     if losses["ntp"] is not None:
-        parts["ntp"] = losses["ntp"].total / counts_K1[0]
+        parts["ntp"] = losses["ntp"].total / counts_K1[0].clamp(min=1)
         total = total + parts["ntp"]
-    depth_losses_K = torch.stack([loss.total for loss in mtp]) / counts_K1[1:]
-    weights_K = depth_losses_K.new_tensor(depth_weights(weights, len(mtp), beta))
-    parts["mtp"] = (depth_losses_K * weights_K).sum()
+    factor_K = coefficients(counts_K1, scale=1.0, weights=weights, beta=beta).to(mtp[0].total)
+    parts["mtp"] = (torch.stack([loss.total for loss in mtp]) * factor_K).sum()
     if mtp[0].total.requires_grad:
         total = total + scale * parts["mtp"]
     return total, {name: part.detach() for name, part in parts.items()}

@@ -9,10 +9,11 @@ One training step: collator -> compute_loss (below) -> MTPModel.forward -> metho
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from foretell.methods.base import DepthWeights, GradientMode, LossKind, Supervis
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.training.budget import TimeBudget
-from foretell.training.objective import count_labels, objective
+from foretell.training.objective import coefficients, count_labels, objective
 from foretell.training.tau import decoded_tau
 
 
@@ -65,6 +66,9 @@ class MTPTrainingArguments(TrainingArguments):
     packing: bool = field(default=False, metadata={"help": "Pack several documents into rows of max_length."})
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Train on the assistant's tokens of a chat only."}
+    )
+    nonfinite_loss: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "A batch whose loss is not finite: stop, or skip it and count it."}
     )
     eval_prompts: int = field(default=16, metadata={"help": "Prompts decoded at each evaluation to measure tau."})
     eval_new_tokens: int = field(default=64, metadata={"help": "New tokens of each of them."})
@@ -118,6 +122,8 @@ class MTPTrainer(Trainer):
         if not isinstance(model, MTPModel):
             raise ValueError(f"model: got {type(model).__name__}, wanted an MTPModel (foretell.get_mtp_model).")
         problems = args.problems()
+        if args.gradient_checkpointing and model.module.lays_masks:
+            problems.append("gradient_checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly.")
         if problems:
             raise ValueError("; ".join(problems))
         if args.resume_from_checkpoint is None and args.output_dir is None:
@@ -140,6 +146,7 @@ class MTPTrainer(Trainer):
         self.can_return_loss = True
         self._logged: dict[str, list[Tensor]] = {}
         self._logged_steps: set[int] = set()
+        self.skipped = 0  # micro-batches of this rank whose loss was not finite
         self.step_tokens = 0  # answer tokens of the current step on this rank
         self.remove_callback(PrinterCallback)
         if args.disable_tqdm:
@@ -176,9 +183,22 @@ class MTPTrainer(Trainer):
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
+    def _choose(self, batch_samples: list) -> None:
+        """Before anything is counted, a method that learns from a random part of a text chooses it. The choice depends
+        on seed, step, micro-batch and rank only: whatever workers prefetch, a resumed run repeats it.
+        """
+        mtp = self._mtp()
+        for micro, inputs in enumerate(batch_samples):
+            at = (self.args.seed, self.state.global_step, micro, self.args.process_index)
+            generator = torch.Generator().manual_seed(random.Random(str(at)).getrandbits(63))
+            chosen_BTK = mtp.module.choose(to_batch(inputs), generator)
+            if chosen_BTK is not None:
+                inputs["mtp_labels"] = chosen_BTK
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[1 + K] counts of the whole optimizer step: every micro-batch, every rank."""
         mtp = self._mtp()
+        self._choose(batch_samples)
         counts_K1 = sum(
             count_labels(to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size)
             for inputs in batch_samples
@@ -200,28 +220,40 @@ class MTPTrainer(Trainer):
     ) -> Any:
         """See objective: this micro-batch's share of the step's loss."""
         args: MTPTrainingArguments = self.args  # type: ignore[assignment]
-        training = model.training
+        training, mtp = model.training, self._mtp()
+        if num_items_in_batch is None:  # evaluation: this batch alone
+            num_items_in_batch = count_labels(
+                to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size
+            )
+        weighing: dict[str, Any] = {"weights": args.mtp_depth_weights, "beta": args.mtp_depth_beta}
         losses = model(
             mtp_training_mode=args.mtp_training_mode if training else "disabled",
             mtp_supervision=args.mtp_supervision,
             mtp_loss=args.mtp_loss,
             train_target=args.trains_target,
+            mtp_coefficients=coefficients(num_items_in_batch, scale=args.mtp_scale, **weighing),
             **inputs,
         )
-        if num_items_in_batch is None:  # evaluation: this batch alone
-            mtp = self._mtp()
-            num_items_in_batch = count_labels(
-                to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size
-            )
-        loss, parts = objective(
-            losses, num_items_in_batch, scale=args.mtp_scale, weights=args.mtp_depth_weights, beta=args.mtp_depth_beta
-        )
+        loss, parts = objective(losses, num_items_in_batch, scale=args.mtp_scale, **weighing)
         if not training:
             loss = args.mtp_scale * parts["mtp"] + parts.get("ntp", 0.0)
+        elif not bool(loss.isfinite()):
+            return self._not_finite(loss)
         self._note(losses, parts, training)
         if self.accelerator.num_processes > 1:
             loss = loss * self.accelerator.num_processes  # ranks are averaged; the counts are global already
         return (loss, losses) if return_outputs else loss
+
+    def _not_finite(self, loss: Tensor) -> Tensor:
+        """Stop, or a loss without any gradient in this one's place: every rank still takes part in the step."""
+        self.skipped += 1
+        if self.args.nonfinite_loss == "stop":  # type: ignore[attr-defined]
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss is {float(loss)}. Look at the batch or lower the learning "
+                "rate; --nonfinite-loss skip leaves such batches out and counts them. Checkpoints are untouched."
+            )
+        warnings.warn(f"step {self.state.global_step}: loss {float(loss)}, batch skipped.", stacklevel=2)
+        return sum((p.sum() * 0.0 for p in self._mtp().parameters() if p.requires_grad), loss.new_zeros(()))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Target and module are clipped apart, so that the target's step is the same with and without MTP."""
@@ -259,6 +291,8 @@ class MTPTrainer(Trainer):
                 logs[name] = float(sums / (len(values) if kind else len(self._logged_steps)))
         if not kind:
             self._logged_steps = set()
+            if self.skipped:
+                logs["skipped_batches"] = self.skipped
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -1,0 +1,140 @@
+"""Drafts of mask tokens: the masks below the last accepted token were read in the forward that accepted it.
+
+So a step is one forward: it verifies the last drafts and reads the masks that the next drafts come of. A block of masks
+that hangs below a refused draft is lost; which rows carry blocks is the layout:
+
+    linear      the last draft only: drafts again only if all were accepted
+    quadratic   every row: there are always drafts again (arXiv 2507.11851, figure 4, with the group it leaves out:
+                one below the last verified token as well, so that a refused first draft is no exception)
+    auto        the rows whose blocks pay, by the machine's cost curve and what has been accepted
+    two_pass    none: a forward of its own reads the masks below the last token, a second verifies (SGLang's UNO)
+"""
+
+# B sequences, R rows of a forward, K masks of a block, D hidden width, M draft vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from foretell.methods.base import MTPModule
+from foretell.methods.chain import ChainDrafter
+from foretell.models.fast import fast_view
+from foretell.models.slot_cache import SlotCache
+from foretell.models.target import Target, TargetRows
+from foretell.types import Draft, SequenceState, Worth
+
+Layout = Literal["linear", "quadratic", "auto", "two_pass"]
+
+
+class MaskedDrafter(ChainDrafter):
+    """A chain a sequence: the sampler reads mask after mask, each with the token drafted before it."""
+
+    def __init__(self, module: MTPModule, sampler: nn.Module | None, target: Target, sample: bool = False) -> None:
+        super().__init__(module, target, sample)
+        self.layout: Layout = "quadratic"
+        self.masks = module.config.depth  # K of each block
+        self._sampler = None if sampler is None else fast_view(sampler)
+        self._states: list[Tensor | None] = []  # of each slot: the masks below its last token
+
+    @property
+    def longest(self) -> int:  # type: ignore[override]
+        """Drafts of one verification; in two passes the first of them is the target's own token."""
+        return self.module.config.depth + (self.layout == "two_pass")
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows that the masks of a verification may take in the cache."""
+        return (self.longest + 1) * self.masks
+
+    def open(self, slots: int, capacity: int) -> None:
+        """See Drafter."""
+        self._states = [None] * slots
+
+    def lend(self, cache: SlotCache) -> None:
+        """The target's cache, for passes of the drafter's own; they write beyond what is cached, and keep nothing."""
+        self._cache = cache
+
+    def start(self, slot: int) -> None:
+        """See Drafter."""
+        self._states[slot] = None
+
+    def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
+        """See Drafter."""
+        for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
+            first = None if rows.blocks is None or not path else rows.blocks[b].get(path[-1])
+            state_KD = None if first is None else rows.post_norm_BRD[b, first : first + self._laid]
+            self._states[sequence.slot] = state_KD
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See Drafter."""
+        self._states[target] = self._states[source]
+
+    def blocks(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], adaptive: Any
+    ) -> tuple[int, list[list[int]]]:
+        """(K, of each sequence the rows that carry a block of K masks: 0 its last token, i + 1 its draft i)."""
+        if self.layout == "two_pass":
+            return 0, [[] for _ in drafts]
+        if self.layout == "auto":
+            self._laid, rows = adaptive.blocks(self.name, drafts, self.masks)
+            return self._laid, rows
+        self._laid = self.masks
+        if self.layout == "quadratic":
+            return self.masks, [list(range(len(draft) + 1)) for draft in drafts]
+        return self.masks, [[_last_own(draft, self.name) + 1] for draft in drafts]
+
+    def _begin(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None) -> list[Draft]:
+        drafts = super()._begin(sequences, lengths, worth)
+        if self.layout != "two_pass" or not any(lengths):
+            return drafts
+        if worth is None or any([worth(self.name, b, draft) for b, draft in enumerate(drafts)]):
+            for draft, (token, probability) in zip(drafts, self._look(sequences), strict=True):
+                draft.add(token, -1, probability, self.name)
+        else:
+            self._states = [None] * len(self._states)
+        return drafts
+
+    def _look(self, sequences: Sequence[SequenceState]) -> list[tuple[int, float]]:
+        """A pass of its own: each sequence's last token, which gives the next one exactly, and the masks below it.
+
+        The target's own next token of each sequence, and its probability.
+        """
+        K, device = self.masks, self.target.device
+        ids_BR = torch.tensor([[s.tokens[-1]] + [0] * K for s in sequences], device=device)
+        step_BR = torch.arange(K + 1, device=device).expand(len(sequences), -1)
+        lengths_B = torch.tensor([s.cached for s in sequences], device=device)
+        visible = max(s.cached for s in sequences) + K + 1
+        rows = self.target.forward_rows(ids_BR, lengths_B, self._cache, visible=visible, steps_BR=step_BR)
+        probs_BV = torch.softmax(self.target.logits(rows.post_norm_BRD[:, 0], view=True).float(), dim=-1)
+        best_B, token_B = probs_BV.max(-1)
+        for b, sequence in enumerate(sequences):
+            self._states[sequence.slot] = rows.post_norm_BRD[b, 1:]
+        self.calls += 1
+        return list(zip(token_B.tolist(), best_B.tolist(), strict=True))
+
+    def _limit(self, sequence: SequenceState) -> int:
+        states_KD = self._states[sequence.slot]
+        return 0 if states_KD is None else len(states_KD)
+
+    def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
+        want = [b for b, length in enumerate(wanted) if length >= k]
+        state_BD = torch.stack([self._states[sequences[b].slot][k - 1] for b in want])  # type: ignore[index]
+        if self._sampler is not None:
+            before = [drafts[b].tokens[-1] if len(drafts[b]) else sequences[b].tokens[-1] for b in want]
+            state_BD = self._sampler(self.target.embed(torch.tensor(before, device=state_BD.device)), state_BD)
+        logits_BM = self.target.scaled(self._head(state_BD))
+        self.calls += 1
+        if len(want) == len(sequences):
+            return logits_BM
+        out_BM = logits_BM.new_zeros(len(sequences), logits_BM.shape[1])
+        out_BM[want] = logits_BM
+        return out_BM
+
+
+def _last_own(draft: Draft, name: str) -> int:
+    """The deepest token that the module drafted, alone or with others; -1 where there is none."""
+    return max((i for i, source in enumerate(draft.sources) if name in source.split("+")), default=len(draft) - 1)

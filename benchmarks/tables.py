@@ -126,6 +126,50 @@ def step_table(result: dict[str, Any]) -> list[str]:
     return [*lines, "", where(result["step"]["provenance"])]
 
 
+def masked_table(result: dict[str, Any]) -> list[str]:
+    """Mask tokens: the step against the published design, long texts, and tau by setting."""
+    lines = ["| a training step | two passes | published design | |", "|---|---|---|---|"]
+    for depth in ("K = 4", "K = 8"):
+        if "step" in result:
+            seconds = result["step"][depth]["seconds"]
+            faster = result["step"][depth]["times_faster"]
+            lines.append(f"| {depth} | {seconds['two passes']:.1f} s | {seconds['published']:.1f} s | {faster:.2f}x |")
+        if "memory" in result:
+            found = result["memory"][depth]
+            cells = [f"+{found['added'][design] / 2**20:,.0f} MiB" for design in ("two passes", "published")]
+            lines.append(f"| {depth}, memory | {' | '.join(cells)} | {found['share_of_published']:.2f} of it |")
+    if "layer" in result:
+        seconds, faster = result["layer"]["seconds"], result["layer"]["times_faster"]
+        cells = f"{seconds['two passes']:.1f} s | {seconds['published']:.1f} s | {faster:.2f}x |"
+        lines.append(f"| vocabulary part alone, 151,936 tokens, K = 4 | {cells}")
+    if "step" in result:
+        lines += ["", f"SmolLM2-135M, fp32, one text, interleaved medians. {where(result['step']['provenance'])}"]
+    if "stream" in result:
+        lengths = [key for key in result["stream"] if key.isdigit()]
+        lines += ["", "| tokens of one text | memory of the step | of which keys and values |", "|---|---|---|"]
+        for key in lengths:
+            found = result["stream"][key]
+            cells = [f"{found[name] / 2**20:.0f} MiB" for name in ("added", "keys_and_values")]
+            lines.append(f"| {int(key):,} | {' | '.join(cells)} |")
+    if "long" in result:
+        lines += ["", f"100,000 tokens, a tenth with masks: a step in {result['long']['seconds']:.0f} s."]
+    if "tau" in result:
+        lines += [
+            "",
+            "| small target, K = 4 | loss | accuracy of depth 1 to 4 | tau, linear | tau, quadratic |",
+            "|---|---|---|---|---|",
+        ]
+        for part, mark in (("tau", ""), ("confirm", "SmolLM2: ")):
+            for name, found in result.get(part, {}).items():
+                if isinstance(found, dict) and "quadratic" in found:
+                    accuracy = ", ".join(f"{a:.2f}" for a in found["accuracy"])
+                    taus = f"{found['linear']['tau']:.3f} | {found['quadratic']['tau']:.3f}"
+                    lines.append(f"| {mark}{name} | {found['loss']:.2f} | {accuracy} | {taus} |")
+        steps = result["tau"]["steps"]
+        lines += ["", f"{steps} steps of 8 answers, one seed. {where(result['tau']['provenance'])}"]
+    return lines
+
+
 def where(provenance: dict[str, Any]) -> str:
     """Hardware, day and commit."""
     cpu = provenance.get("cpu") or provenance["hardware"]["cpu"]
@@ -139,6 +183,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("machine", "docs/decoding.md", "machine", machine_table),
     ("heads", "docs/sft.md", "heads", heads_table),
     ("step", "docs/sft.md", "heads", step_table),
+    ("masked", "docs/masked.md", "masked", masked_table),
 ]
 
 

@@ -100,6 +100,21 @@ def check_target(about: dict[str, Any], target: Target, folder: str | Path) -> N
         )
 
 
+def check_settings(config: MTPConfig, folder: str | Path) -> None:
+    """Raise ValueError if a checkpoint was written by a module of other settings: a resumed run repeats the first."""
+    written, given = read_config(folder)["config"], json.loads(json.dumps(config.to_dict()))
+    differ = [
+        f"{name}: the checkpoint has {written.get(name)!r}, this run {value!r}"
+        for name, value in given.items()
+        if written.get(name) != value and name not in config.free
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} cannot be resumed with other settings: {'; '.join(differ)}. Give the checkpoint's, or start a "
+            "new run in another output_dir."
+        )
+
+
 def load_tensors(module: nn.Module, folder: str | Path) -> None:
     """Fill a module from the folder; every tensor must be there, none may be unknown, all shapes must fit."""
     path = Path(folder) / WEIGHTS_FILE

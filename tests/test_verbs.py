@@ -20,6 +20,8 @@ METHODS = {
     "default": ("", "sequential"),
     "sequential": ("--method sequential --depth 2 --shared-module", "sequential"),
     "medusa": ("--method heads --head-type medusa --depth 3", "heads"),
+    "masked": ("--method masked --depth 2 --lora-rank 4 --mask-positions 3", "masked"),
+    "noise masks": ("--preset uno --depth 2 --warmup-steps 0", "masked"),
     "preset": ("--preset meta-heads", "heads"),
     "preset, changed": ("--preset=medusa --depth 2", "heads"),
     "file": ("--config {folder}/run.yaml", "heads"),

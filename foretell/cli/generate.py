@@ -29,6 +29,9 @@ class GenerateSettings:
     drafter: str | None = field(
         default=None, metadata={"help": "mtp, lookup, or mtp+lookup (the default with a module)."}
     )
+    draft_layout: str | None = field(
+        default=None, metadata={"help": "Of mask tokens: linear, quadratic, auto or two_pass."}
+    )
     policy: str = field(default="lossless", metadata={"help": "lossless, or a lossy one by name."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy decoding."})
     temperature: float = field(default=1.0, metadata={"help": "For sampling."})
@@ -93,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
         max_new_tokens=settings.max_new_tokens,
         num_draft_tokens="auto" if settings.num_draft_tokens == "auto" else int(settings.num_draft_tokens),
         drafter=drafter,
+        draft_layout=settings.draft_layout,
         policy=settings.policy,
         do_sample=settings.do_sample,
         repetition_penalty=settings.repetition_penalty,

@@ -90,6 +90,7 @@ class AdaptiveLength:
         self._wait: dict[str, int] = defaultdict(lambda: 1)
         self._sit_out: dict[str, int] = defaultdict(int)
         self._rate, self._batch, self._since_probe = 0.0, 1, 0
+        self.plain = False  # this round is for the clock: one row a sequence, neither drafts nor masks
 
     def begin_round(self, batch: int) -> list[int]:
         """Longest drafts to ask for, and a new decision on who sits out."""
@@ -102,7 +103,8 @@ class AdaptiveLength:
             self._sit_out[name] = max(rounds - 1, 0)
         drafted, plain = (self._clock[batch.bit_length(), kind][1] for kind in (False, True))
         wanted = self.PLAIN_ROUNDS + drafted.bit_length() // 2 + drafted // 64
-        return [self.longest if plain >= wanted or not self.curve.measured else 0] * batch
+        self.plain = self.curve.measured and plain < wanted
+        return [0 if self.plain else self.longest] * batch
 
     def cost(self, rows: int) -> float:
         """Seconds of a forward over so many rows of all sequences together: the curve, corrected by what the clock says
@@ -162,14 +164,20 @@ class AdaptiveLength:
         accepted, tried = self._depth[(name, depth)]
         return accepted / tried
 
-    def chances(self, draft: Draft) -> list[float]:
-        """Probability of each drafted token to be accepted, its ancestors included."""
+    def chances(self, draft: Draft, blind: bool = False) -> list[float]:
+        """Probability of each drafted token to be accepted, its ancestors included.
+
+        blind: of tokens that were drawn, without a look at which. Who drops drafts for what was drawn keeps others than
+        were promised: those left are no longer draws from `probs`, and the text leaves the target's distribution.
+        """
         out: list[float] = []
         depth: list[int] = []
         for i, parent in enumerate(draft.parents):
             depth.append(1 if parent < 0 else depth[parent] + 1)
             accepted, tried = self._table[self._key(draft, i, depth[i])]
             given = (accepted + self.PRIOR * draft.confidence[i]) / (tried + self.PRIOR)
+            if blind and draft.probs is not None and draft.probs[i] is not None:
+                given = self._holds(draft.sources[i], min(depth[i], 6))
             out.append(min(given, 0.999) * (1.0 if parent < 0 else out[parent]))
         return out
 
@@ -181,7 +189,7 @@ class AdaptiveLength:
         batch = len(drafts)
         ranked: list[list[tuple[int, float]]] = []
         for draft in drafts:
-            ranked.append(sorted(enumerate(self.chances(draft)), key=lambda node: (-node[1], node[0])))
+            ranked.append(sorted(enumerate(self.chances(draft, blind=True)), key=lambda node: (-node[1], node[0])))
         best, best_rate = 0, batch / (self.cost(batch) + drafting_seconds)
         gained = 0.0
         for m in range(1, max((len(r) for r in ranked), default=0) + 1):
@@ -300,6 +308,7 @@ class FixedLength(AdaptiveLength):
     def begin_round(self, batch: int) -> list[int]:
         """See AdaptiveLength."""
         super().begin_round(batch)
+        self.plain = False
         return [self.longest] * batch
 
     def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:

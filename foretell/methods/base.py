@@ -40,6 +40,7 @@ class MTPConfig:
     """Settings of an MTP module; each method adds its own. `method` says which class a saved file means."""
 
     method: ClassVar[str] = ""
+    free: ClassVar[frozenset[str]] = frozenset()  # settings that a resumed run may change: no number depends on them
     depth: int = field(default=1, metadata={"help": "K: how many tokens beyond the ordinary next one are predicted."})
     hidden_source: Literal["post_norm", "pre_norm"] = field(
         default="post_norm", metadata={"help": "The target's states after or before its final norm."}

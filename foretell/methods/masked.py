@@ -14,17 +14,17 @@ slow twin: tokens and masks in one token tree, everything with gradient; joint t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foretell.methods.base import LossKind, MTPConfig, MTPModule, Supervision
 from foretell.methods.masked_drafter import MaskedDrafter
+from foretell.methods.streaming import streamed, summed
 from foretell.models.comb_attention import CombKeys
 from foretell.models.gated_lora import ALL_LINEAR, GatedAdapters, MaskRows
 from foretell.models.sampler_head import SamplerHead
@@ -42,6 +42,7 @@ class MaskedConfig(MTPConfig):
     """Settings of mask tokens with gated LoRA. depth=K masks predict K tokens BEYOND the ordinary next one."""
 
     method: ClassVar[str] = "masked"
+    free: ClassVar[frozenset[str]] = frozenset({"chunk_size", "offload_keys"})
     depth: int = field(default=4, metadata={"help": "K: how many tokens beyond the ordinary next one are predicted."})
     draft_length: int | None = field(default=None, metadata={"help": "MTP-GLoRA's name of depth."})
     sampler: bool = field(default=True, metadata={"help": "A head that reads the previous token beside the mask."})
@@ -110,6 +111,8 @@ class MaskedConfig(MTPConfig):
             isinstance(where, float | int) and (0 < where < 1 or (where >= 1 and where % 1 == 0))
         ):
             found.append(f"mask_positions: got {where!r}, wanted 'all', a share between 0 and 1, or a whole number.")
+        if self.sampler and not self.sampler_loss_weight:
+            found.append("sampler_loss_weight: got 0 for a sampler that then never learns; use sampler=False.")
         weights = [self.sampler_loss_weight if self.sampler else 0.0, self.own_loss_weight]
         every = [*weights, self.label_loss_weight, self.tv_loss_weight, self.latent_loss_weight]
         if min(every) < 0 or sum(weights) == 0:
@@ -170,6 +173,9 @@ class MaskedModule(MTPModule):
         )
         self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters)
         self.sampler = SamplerHead(target) if config.sampler else None
+        # texts in one chunk, however long: what turns by a text's length, and (set by trainers) sharded parameters,
+        # which ranks must read in step
+        self.whole = target.turns_by_length
         target.mask_rows = self.rows
         target.release()  # a view made before knows nothing of the adapters
 
@@ -215,7 +221,8 @@ class MaskedModule(MTPModule):
 
         A token's masks are read once the K tokens after it are, whose states teach them: nothing is lost at borders.
         """
-        T, K, C = batch.input_ids_BT.shape[1], self.config.depth, self.config.chunk_size
+        T, K = batch.input_ids_BT.shape[1], self.config.depth
+        C = T if self.whole else self.config.chunk_size
         column_BT, start_BT = columns_of(batch.document_BT)
         keys = CombKeys(T, "cpu" if self.config.offload_keys else None)
         text_BWD, first, done, found = None, 0, 0, False
@@ -251,9 +258,8 @@ class MaskedModule(MTPModule):
         keys.begin(start_BR, last_BR, owner_BR + step_BR, keys.end, None, K)
         nothing_BRD = torch.zeros(B, owners * K, target.hidden_size, device=owner_BO.device, dtype=target.dtype)
         embedding_BRD = self.rows.embed(nothing_BRD, step_BR)
-        with self.rows.adapters.on(target.layers, slice(None)), target.constant():
-            positions_BR = batch.position_ids_BT.gather(1, owner_BR) + step_BR
-            masks_BRD = target.read_comb(embedding_BRD, positions_BR, keys)
+        positions_BR = batch.position_ids_BT.gather(1, owner_BR) + step_BR
+        masks_BRD = target.read_comb(embedding_BRD, positions_BR, keys, self.rows.adapters)
         return masks_BRD.view(B, owners, K, -1)
 
     # -- losses --------------------------------------------------------------------------------------------------------
@@ -266,7 +272,7 @@ class MaskedModule(MTPModule):
         labels_BTK = self.labels(batch).cpu()
         carries_BT = (labels_BTK != IGNORE_INDEX).any(-1)
         count_B1 = carries_BT.sum(1, keepdim=True)
-        wanted_B1 = (count_B1 * where).ceil().long() if where < 1 else count_B1.clamp(max=int(where))
+        wanted_B1 = (count_B1.double() * where).ceil().long() if where < 1 else count_B1.clamp(max=int(where))
         draw_BT = torch.rand(carries_BT.shape, generator=generator).masked_fill_(~carries_BT, 2.0)
         chosen_BT = draw_BT.argsort(1).argsort(1) < wanted_B1
         return labels_BTK.masked_fill(~chosen_BT[..., None], IGNORE_INDEX).to(batch.labels_BT.device)
@@ -292,8 +298,8 @@ class MaskedModule(MTPModule):
         if isinstance(rows, CombRows):
             column_BT = torch.arange(labels_BTK.shape[1], device=labels_BTK.device).expand(labels_BTK.shape[:2])
             found = loss(Piece(rows.masks_BTKD, column_BT, carries_BT, rows.post_norm_BRD, 0))
-        elif labels_BTK.shape[1] <= self.config.chunk_size or not torch.is_grad_enabled():
-            found = _sum(loss(piece) for piece in self.pieces(target, batch, carries_BT))
+        elif self.whole or labels_BTK.shape[1] <= self.config.chunk_size or not torch.is_grad_enabled():
+            found = summed(loss(piece) for piece in self.pieces(target, batch, carries_BT))
         else:
             found = streamed(self, lambda: map(loss, self.pieces(target, batch, carries_BT)), coefficients_K)
         return [LossSum(found.total[k], found.count[k], found.correct[k]) for k in range(self.config.depth)]
@@ -321,6 +327,7 @@ class MaskedModule(MTPModule):
             label_N, before_N = torch.full_like(b_N, IGNORE_INDEX), b_N + piece.first
         text_ND = piece.text_BWD.reshape(-1, piece.text_BWD.shape[2]).detach()
         text_N = b_N * piece.text_BWD.shape[1] + before_N - piece.first  # whose prediction is the teacher's
+        data_N = label_N
         if supervision == "teacher_hard":
             label_N = torch.where(label_N == IGNORE_INDEX, label_N, _choices(target, text_ND, text_N))
         outputs = []
@@ -332,7 +339,8 @@ class MaskedModule(MTPModule):
         outputs = [output for output in outputs if output[1]] or outputs[:1]
         weight_MD, bias_M = self.target_head(target, detach)
         if config.free_running:
-            label_N = self._while_right(target, outputs[0][0], label_N, (b_N, o_N, k_N), labels_BOK.shape)
+            right_N = self._while_right(target, outputs[0][0], data_N, (b_N, o_N, k_N), labels_BOK.shape)
+            label_N = label_N.masked_fill(~right_N, IGNORE_INDEX)
         hard_N = label_N if self.draft_vocab_ids is None else self._to_draft_ids(label_N, target.vocab_size)
         teacher_MD, teacher_bias_M = self.target_head(target, detach=True)
         n, G = len(outputs), len(outputs) * K
@@ -366,19 +374,18 @@ class MaskedModule(MTPModule):
 
     @torch.no_grad()
     def _while_right(
-        self, target: Target, state_ND: Tensor, label_N: Tensor, at: tuple[Tensor, ...], shape: torch.Size
+        self, target: Target, state_ND: Tensor, data_N: Tensor, at: tuple[Tensor, ...], shape: torch.Size
     ) -> Tensor:
-        """Labels of the predictions whose predecessors in the same block are all the data's tokens."""
+        """bool [N]: the predictions whose predecessors in the same block are all the data's tokens."""
         weight_MD, bias_M = self.target_head(target, detach=True)
         guess_N = torch.cat(
             [F.linear(part, weight_MD.to(part.dtype), bias_M).argmax(-1) for part in state_ND.split(256)]
         )
         if self.draft_vocab_ids is not None:
             guess_N = self.draft_vocab_ids[guess_N]
-        wrong_BOK = torch.zeros(shape, dtype=torch.long, device=label_N.device)
-        wrong_BOK[at] = (guess_N != label_N).long()
-        before_N = (wrong_BOK.cumsum(-1) - wrong_BOK)[at]
-        return label_N.masked_fill(before_N > 0, IGNORE_INDEX)
+        wrong_BOK = torch.zeros(shape, dtype=torch.long, device=data_N.device)
+        wrong_BOK[at] = (guess_N != data_N).long()
+        return (wrong_BOK.cumsum(-1) == wrong_BOK)[at]
 
     # -- analysis and drafting -----------------------------------------------------------------------------------------
 
@@ -426,56 +433,6 @@ def columns_of(document_BT: Tensor) -> tuple[Tensor, Tensor]:
     new_BT = torch.ones_like(document_BT, dtype=torch.bool)
     new_BT[:, 1:] = (document_BT[:, 1:] != document_BT[:, :-1]) | (document_BT[:, 1:] == PAD_DOCUMENT)
     return column_BT, torch.where(new_BT, column_BT, 0).cummax(1).values
-
-
-def streamed(module: MaskedModule, run: Callable[[], Iterator[LossSum]], coefficients_K: Tensor | None) -> LossSum:
-    """The sum of a stream's losses, each differentiated and let go before the next is read.
-
-    coefficients_K: what the caller will multiply the depths' totals by, up to one factor for all; None: equal. The
-    backward pass refuses other ratios, which the gradient kept here could not serve.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    counts: list[Tensor] = []
-    total_K = _Streamed.apply(run, coefficients_K, counts, module.config.depth, *parameters)
-    return LossSum(total_K, counts[0], counts[1])
-
-
-class _Streamed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Any, coefficients_K: Any, counts: list, depth: int, *parameters: Tensor) -> Tensor:
-        kept = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        found: LossSum | None = None
-        with torch.enable_grad():
-            for loss in run():
-                each_K = loss.total if coefficients_K is None else loss.total * coefficients_K.to(loss.total)
-                grads = torch.autograd.grad(each_K.sum(), parameters, allow_unused=True)
-                for into, grad in zip(kept, grads, strict=True):
-                    if grad is not None:
-                        into += grad
-                loss = LossSum(loss.total.detach(), loss.count, loss.correct)
-                found = loss if found is None else _sum([found, loss])
-        assert found is not None, "a stream has at least one piece"
-        counts += [found.count, found.correct]
-        ctx.save_for_backward(*kept)
-        ctx.coefficients_K = torch.ones(depth, device=found.total.device) if coefficients_K is None else coefficients_K
-        return found.total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_K: Tensor) -> tuple[Any, ...]:
-        wanted_K = ctx.coefficients_K.to(grad_K)
-        factor = grad_K.sum() / wanted_K.sum()
-        if not torch.allclose(grad_K, wanted_K * factor, rtol=1e-4, atol=0.0):
-            raise ValueError(
-                f"a streamed loss was differentiated for depths weighted as {wanted_K.tolist()}, but is multiplied by "
-                f"{grad_K.tolist()}: pass mtp_coefficients to the forward call, or a chunk_size that holds the text."
-            )
-        return None, None, None, None, *(kept * factor for kept in ctx.saved_tensors)
-
-
-def _sum(losses: Any) -> LossSum:
-    found = list(losses)
-    return LossSum(*(sum(getattr(loss, name) for loss in found) for name in ("total", "count", "correct")))
 
 
 def _by_group(hidden_ND: Tensor, weight_MD: Tensor, group_N: Tensor, groups: int, **what: Any) -> LossSum:

@@ -52,7 +52,7 @@ class MaskedDrafter(ChainDrafter):
 
     def open(self, slots: int, capacity: int) -> None:
         """See Drafter."""
-        self._states = [None] * slots
+        self._states, self._capacity = [None] * slots, capacity
 
     def lend(self, cache: SlotCache) -> None:
         """The target's cache, for passes of the drafter's own; they write beyond what is cached, and keep nothing."""
@@ -77,15 +77,18 @@ class MaskedDrafter(ChainDrafter):
         self, sequences: Sequence[SequenceState], drafts: list[Draft], adaptive: Any
     ) -> tuple[int, list[list[int]]]:
         """(K, of each sequence the rows that carry a block of K masks: 0 its last token, i + 1 its draft i)."""
-        if self.layout == "two_pass":
+        if self.layout == "two_pass" or getattr(adaptive, "plain", False):
             return 0, [[] for _ in drafts]
+        self._laid = self.masks
         if self.layout == "auto":
             self._laid, rows = adaptive.blocks(self.name, drafts, self.masks)
-            return self._laid, rows
-        self._laid = self.masks
-        if self.layout == "quadratic":
-            return self.masks, [list(range(len(draft) + 1)) for draft in drafts]
-        return self.masks, [[_last_own(draft, self.name) + 1] for draft in drafts]
+        elif self.layout == "quadratic":
+            rows = [list(range(len(draft) + 1)) for draft in drafts]
+        else:
+            rows = [[_last_own(draft, self.name) + 1] for draft in drafts]
+        # beside another drafter's rows there may be more blocks than extra_rows foresees: the end of the cache cuts them
+        room = self._capacity - max(s.cached for s in sequences) - 1 - max(map(len, drafts))
+        return self._laid, [each[: room // max(self._laid, 1)] for each in rows]
 
     def _begin(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None) -> list[Draft]:
         drafts = super()._begin(sequences, lengths, worth)

@@ -122,6 +122,7 @@ def comb_attention(
 ) -> tuple[Tensor, None]:
     """query [B, Hq, R, E], key and value [B, H, R, E] of this pass's rows -> [B, R, Hq, E]."""
     comb: CombKeys = module.foretell_comb
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions give fp32
     comb.keep(module.layer_idx, key, value)
     text_key, text_value = comb.text(module.layer_idx, query.device)
     if softcap is not None or s_aux is not None or dropout:
@@ -208,17 +209,18 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, text_key, text_value, mask_key, mask_value, first, last, masks, scale, window):
         out = query.new_empty(*query.shape[:-1], text_value.shape[-1])  # values may be narrower than keys
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        wide = torch.promote_types(query.dtype, torch.float32)  # of the softmax and of sums
+        lse = query.new_empty(query.shape[:-1], dtype=wide)
         for rows, tiles in _tiles(query, first, last, masks):
             q = query[:, :, :, rows]  # [B, H, G, r, E]
-            top = q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
-            mass, acc = torch.zeros_like(top), torch.zeros_like(out[:, :, :, rows], dtype=torch.float32)
+            top = q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
+            mass, acc = torch.zeros_like(top), torch.zeros_like(out[:, :, :, rows], dtype=wide)
             if masks:
                 scores = _own_scores(q, mask_key[:, :, rows], masks, scale, window)
                 top = scores.amax(-1).flatten(3)
                 probs = torch.exp(scores - scores.amax(-1, keepdim=True))
                 mass = probs.sum(-1).flatten(3)
-                acc = (probs.to(q.dtype) @ _blocks(mask_value[:, :, rows], masks)).flatten(3, 4).float()
+                acc = (probs.to(q.dtype) @ _blocks(mask_value[:, :, rows], masks)).flatten(3, 4).to(wide)
             for tile in tiles:
                 scores = _text_scores(q, text_key, first, last, rows, tile, scale)
                 new = torch.maximum(top, scores.amax(-1))
@@ -237,18 +239,19 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, text_key, text_value, mask_key, mask_value, first, last, out, lse = ctx.saved_tensors
-        masks, scale, window = ctx.rest
+        (masks, scale, window), wide = ctx.rest, lse.dtype
         grad_query, grad_key, grad_value = (torch.zeros_like(t) for t in (query, mask_key, mask_value))
         for rows, tiles in _tiles(query, first, last, masks):
             q, grad, row_lse = query[:, :, :, rows], grad_out[:, :, :, rows], lse[:, :, :, rows]
-            inner = (grad.float() * out[:, :, :, rows].float()).sum(-1)
-            into_q = torch.zeros_like(q, dtype=torch.float32)
+            inner = (grad.to(wide) * out[:, :, :, rows].to(wide)).sum(-1)
+            into_q = torch.zeros_like(q, dtype=wide)
             if masks:
                 key, value = (_blocks(t[:, :, rows], masks) for t in (mask_key, mask_value))
                 scores = _own_scores(q, mask_key[:, :, rows], masks, scale, window)
                 probs = torch.exp(scores - row_lse.unflatten(3, (-1, masks))[..., None])
                 by_block = grad.unflatten(3, (-1, masks))
-                ds = probs * ((by_block @ value.transpose(-1, -2)).float() - inner.unflatten(3, (-1, masks))[..., None])
+                into_probs = (by_block @ value.transpose(-1, -2)).to(wide)
+                ds = probs * (into_probs - inner.unflatten(3, (-1, masks))[..., None])
                 ds = (ds * scale).to(q.dtype)
                 into_q += (ds @ key).flatten(3, 4)
                 q_blocks = q.unflatten(3, (-1, masks))
@@ -257,7 +260,8 @@ class _Tiled(torch.autograd.Function):
                 grad_value[:, :, rows] = (probs.to(q.dtype).transpose(-1, -2) @ by_block).sum(2).flatten(2, 3)
             for tile in tiles:
                 probs = _text_scores(q, text_key, first, last, rows, tile, scale).sub_(row_lse[..., None]).exp_()
-                ds = _by_head(grad, text_value[:, :, tile].transpose(-1, -2)).float().sub_(inner[..., None]).mul_(probs)
+                into_probs = _by_head(grad, text_value[:, :, tile].transpose(-1, -2)).to(wide)
+                ds = into_probs.sub_(inner[..., None]).mul_(probs)
                 into_q += _by_head(ds.mul_(scale).to(q.dtype), text_key[:, :, tile])
             grad_query[:, :, :, rows] = into_q.to(grad_query.dtype)
         return grad_query, None, None, grad_key, grad_value, None, None, None, None, None
@@ -292,8 +296,8 @@ def _by_head(rows: Tensor, other: Tensor) -> Tensor:
 def _text_scores(
     q: Tensor, key: Tensor, first_BR: Tensor, last_BR: Tensor, rows: slice, tile: slice, scale: float
 ) -> Tensor:
-    """fp32 [B, H, G, r, columns of the tile], -inf outside of each row's run."""
-    scores = _by_head(q * scale, key[:, :, tile].transpose(-1, -2)).float()
+    """[B, H, G, r, columns of the tile] in fp32 or wider, -inf outside of each row's run."""
+    scores = _wide(_by_head(q * scale, key[:, :, tile].transpose(-1, -2)))
     first_Br, last_Br = first_BR[:, rows], last_BR[:, rows]
     if int(first_Br.amax()) > tile.start or int(last_Br.amin()) < tile.stop - 1:
         column_C = torch.arange(tile.start, tile.stop, device=key.device)
@@ -303,12 +307,16 @@ def _text_scores(
 
 
 def _own_scores(q: Tensor, key: Tensor, masks: int, scale: float, window: int | None) -> Tensor:
-    """fp32 [B, H, G, blocks, K, K], -inf at later masks (and beyond the window)."""
-    scores = ((q * scale).unflatten(3, (-1, masks)) @ _blocks(key, masks).transpose(-1, -2)).float()
+    """[B, H, G, blocks, K, K] in fp32 or wider, -inf at later masks (and beyond the window)."""
+    scores = _wide((q * scale).unflatten(3, (-1, masks)) @ _blocks(key, masks).transpose(-1, -2))
     at_K = torch.arange(masks, device=q.device)
     back_KK = at_K[:, None] - at_K
     hidden_KK = back_KK < 0 if window is None else (back_KK < 0) | (back_KK >= window)
     return scores.masked_fill_(hidden_KK, -torch.inf)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _blocks(rows: Tensor, masks: int) -> Tensor:

@@ -25,7 +25,7 @@ PACKED_FROM_ROWS = 4  # below this the matrix product's vector kernels win
 _COPIES = 2  # that a packed linear keeps of its weight
 _PACKED_LIMIT = 0.4  # of free memory: a large model on a small machine goes without
 # pre-norm layers of attention and gated MLP with nothing between: what FusedLayer computes; where each keeps its window
-_PLAIN_LAYERS: dict[str, Callable[[Any], int | None]] = {
+PLAIN_LAYERS: dict[str, Callable[[Any], int | None]] = {
     "LlamaDecoderLayer": lambda attention: None,
     "MistralDecoderLayer": lambda attention: getattr(attention.config, "sliding_window", None),
     "Qwen2DecoderLayer": lambda attention: attention.sliding_window,
@@ -208,7 +208,7 @@ class FusedLayer(nn.Module):
         self.down, self.act = PackedLinear.of(mlp.down_proj), mlp.act_fn
         self.place = nn.Module()  # what the attention function asks its module for; the masks are hung on it
         self.place.layer_idx = self.layer = attention.layer_idx
-        self.scaling, self.window = attention.scaling, _PLAIN_LAYERS[type(layer).__name__](attention)
+        self.scaling, self.window = attention.scaling, PLAIN_LAYERS[type(layer).__name__](attention)
         self.order_N = order_N
         self.gate: GatedAdapters | None = None  # adapters of mask rows, where a masked module has given some
         self.added: dict[str, RowAdapter] = {}
@@ -292,7 +292,7 @@ def _norm_in_order(norm: nn.Module | None, order_E: Tensor) -> nn.Module | None:
 
 def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     """The fused twin of a plain layer, or None: another kind, adapters, hooks, or other numbers."""
-    if type(layer).__name__ not in _PLAIN_LAYERS or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer).__name__ not in PLAIN_LAYERS or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     attention, mlp = layer.self_attn, layer.mlp
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]

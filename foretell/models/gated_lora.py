@@ -87,10 +87,36 @@ class GatedAdapters(nn.Module):
             self.adapters[key] = LoRA(named, rank, alpha, dropout, use_rslora)
             self.of.update({path: (key, path.rpartition(".")[2]) for path in group})
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and any(lora.dropout.p > 0 for lora in self.adapters.values())  # type: ignore[union-attr]
+
     def adapter(self, path: str) -> tuple[LoRA, str]:
         """The adapter of a linear, and the linear's name in it."""
         key, name = self.of[path]
         return self.adapters[key], name  # type: ignore[return-value]
+
+    def side_by_side(self, paths: Sequence[str | None], widths: Sequence[int]) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, D], B [O, r], scale) of linears that read one input, in this order, so that B A x is what all of them
+        add: ranks side by side, zeros where a linear has no adapter. None if none of them has one.
+        """
+        found: dict[str, LoRA] = {self.of[path][0]: self.adapter(path)[0] for path in paths if path in self.of}
+        if not found:
+            return None
+        starts, rank = {}, 0
+        for key, lora in found.items():
+            starts[key], rank = rank, rank + len(lora.lora_A.weight)
+        lora_A = torch.cat([lora.lora_A.weight for lora in found.values()])
+        rows = []
+        for path, width in zip(paths, widths, strict=True):
+            if path not in self.of:
+                rows.append(lora_A.new_zeros(width, rank))
+                continue
+            lora, name = self.adapter(path)
+            start, own = starts[self.of[path][0]], lora.lora_B.weight[lora.share(name)]
+            rows.append(F.pad(own, (start, rank - start - own.shape[1])))
+        return lora_A, torch.cat(rows), next(iter(found.values())).scale
 
     @contextmanager
     def on(self, layers: nn.ModuleList, rows: Tensor | slice) -> Iterator[None]:
@@ -170,24 +196,12 @@ class RowAdapter:
     """LoRA for decoding: added to ready products in place, A and B laid side by side for linears of one input."""
 
     def __init__(self, adapters: GatedAdapters, paths: Sequence[str | None], widths: Sequence[int]) -> None:
-        """paths: the linears of one product, None where one has no adapter; widths: of each."""
+        """paths: the linears of one product, at least one of which has an adapter; widths: of each."""
         self.gate = adapters
-        found: dict[str, tuple[LoRA, list[tuple[int, str]]]] = {}
-        for at, path in enumerate(paths):
-            if path in adapters.of:
-                lora, name = adapters.adapter(path)
-                found.setdefault(adapters.of[path][0], (lora, []))[1].append((at, name))
-        device = next(iter(found.values()))[0].lora_A.weight.device
-        self.A = torch.cat([lora.lora_A.weight.detach() for lora, _ in found.values()])
-        self.B = torch.zeros(sum(widths), len(self.A), device=device)
-        start = 0
-        for lora, members in found.values():
-            end = start + len(lora.lora_A.weight)
-            for at, name in members:
-                first = sum(widths[:at])
-                self.B[first : first + widths[at], start:end] = lora.lora_B.weight.detach()[lora.share(name)]
-            self.B[:, start:end] *= lora.scale
-            start = end
+        with torch.no_grad():
+            together = adapters.side_by_side(paths, widths)
+            assert together is not None, "a product without adapters needs no RowAdapter"
+            self.A, self.B = together[0].clone(), together[1] * together[2]
 
     def to(self, dtype: torch.dtype) -> RowAdapter:
         """In the type that the products come in."""

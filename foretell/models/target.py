@@ -12,7 +12,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from foretell.models.attention import NAME, RowMasks
-from foretell.models.comb_attention import COMB, CombKeys
+from foretell.models.comb_attention import COMB, CombKeys, comb_attention
 from foretell.models.fast import fast_view, weights_version
-from foretell.models.gated_lora import MaskRows
+from foretell.models.gated_lora import GatedAdapters, MaskRows
 from foretell.models.graphs import StaticSteps
+from foretell.models.lean_layer import lean_layers
 from foretell.models.slot_cache import SlotCache
 
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
@@ -123,6 +124,13 @@ class Target:
     @property
     def max_positions(self) -> int | None:
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def turns_by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the whole text (longrope, dynamic NTK)."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = {str(r.get("rope_type")) for r in (rope, *(v for v in rope.values() if isinstance(v, dict)))}
+        return bool(kinds & {"dynamic", "longrope"})
 
     def fingerprint(self, gathered: dict[int, Tensor] | None = None) -> dict[str, Any]:
         """What a module must find again: architecture and sizes (errors), weights (a warning).
@@ -231,12 +239,25 @@ class Target:
             for parameter in learning:
                 parameter.requires_grad_(True)
 
-    def read_comb(self, embedding_BRD: Tensor, position_ids_BR: Tensor, keys: CombKeys) -> Tensor:
-        """[B, R, D] after the final norm: text rows or mask rows of a comb, as `keys` was told."""
-        with self.attending(COMB, "foretell_comb", keys):
-            out = self.decoder(
-                inputs_embeds=embedding_BRD, position_ids=position_ids_BR, past_key_values=keys, use_cache=True
-            )
+    def read_comb(
+        self, embedding_BRD: Tensor, position_ids_BR: Tensor, keys: CombKeys, adapters: GatedAdapters | None = None
+    ) -> Tensor:
+        """[B, R, D] after the final norm: text rows or mask rows of a comb, as `keys` was told.
+
+        adapters: which all rows pass through. Gradient reaches them and the embeddings, never the target's weights.
+        """
+        plain = not torch.is_autocast_enabled(embedding_BRD.device.type) and not (adapters and adapters.drops)
+        lean = lean_layers(self.layers) if plain else None
+        with self.attending(COMB, "foretell_comb", keys), self.constant():
+            if lean is not None:
+                places = self.position_embeddings(embedding_BRD, position_ids_BR)
+                for layer in lean:
+                    embedding_BRD = layer(embedding_BRD, places, comb_attention, adapters)
+                return self.norm(embedding_BRD)
+            with nullcontext() if adapters is None else adapters.on(self.layers, slice(None)):
+                out = self.decoder(
+                    inputs_embeds=embedding_BRD, position_ids=position_ids_BR, past_key_values=keys, use_cache=True
+                )
         return out.last_hidden_state
 
     def read_tree(self, embedding_BRD: Tensor, position_ids_BR: Tensor, parents_BR: Tensor) -> Tensor:
@@ -355,10 +376,8 @@ class Target:
 
     def _can_be_recorded(self) -> bool:
         """Whether a step never waits for the device: no experts chosen in Python, no rotary table that grows."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        kinds = {str(r.get("rope_type")) for r in (rope, *(v for v in rope.values() if isinstance(v, dict)))}
         experts = any(name.endswith("experts") for name, _ in self.decoder.named_modules())
-        return not experts and not kinds & {"dynamic", "longrope"}
+        return not experts and not self.turns_by_length
 
     def forward_static(
         self,

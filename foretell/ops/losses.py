@@ -309,6 +309,10 @@ def _teacher_loss(x_CM: Tensor, job: _Job, chunk: slice, buffers: _Buffers) -> t
         owner_C = None if len(rows_U) == len(owner_C) else owner_C
         teacher_UD = teacher.hidden[rows_U]
     t_UM = teacher.logits(teacher_UD.to(teacher.dtype), "teacher", buffers)
+    if kind in ("ce", "kl") and _has_kernel(x_CM):
+        from foretell.ops.losses_triton import teacher_chunk
+
+        return teacher_chunk(x_CM, t_UM, owner_C, kind)
     q_UM, teacher_lse_U, teacher_best_U = _softmax(t_UM, "teacher_probs", buffers)
 
     def spread(name: str, other: str) -> tuple[Tensor, Tensor]:
@@ -429,6 +433,15 @@ class _LinearLoss(torch.autograd.Function):
 
 
 # -- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _has_kernel(x_CM: Tensor) -> bool:
+    """Whether Triton does this chunk. The device is asked first: on a CPU Triton is not even imported."""
+    if x_CM.device.type != "cuda" or x_CM.dtype != torch.float32:  # fp64 stays with the definition
+        return False
+    from foretell.ops.losses_triton import available
+
+    return available(x_CM.device)
 
 
 def _matmul_dtype(hidden: Tensor, weight_MD: Tensor) -> torch.dtype:

@@ -7,9 +7,9 @@ For a row of student's logits x and teacher's logits t, with q = softmax(t), p =
     gradient of t         q (m_x - x - gap)
     kl                    loss - entropy of q,     entropy of q = log sum exp(t - m_t)  +  sum q (m_t - t)
 
-All terms of the right-hand sides are >= 0, so that nothing cancels however large the logits are. The sums over q are
-kept as running means, which no tile can overflow. What is saved for the backward pass, beside the logits, is five fp32
-numbers a row; no probabilities, and no fp32 copy of the gradient.
+All terms of these sums are >= 0, so that the cross-entropy stays exact however large the logits are. The sums over q
+are kept as running means, which no tile can overflow. What is saved for the backward pass, beside the logits, is five
+fp32 numbers a row; no probabilities, and no fp32 copy of the gradient.
 
 A token to which the teacher gives probability 0 in fp32 adds nothing, whatever the student says of it (-inf too). A
 token with probability above 0 that the student holds impossible (-inf) makes the loss +inf and leaves the teacher
@@ -285,9 +285,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
         wants_student, wants_teacher = ctx.needs_input_grad[:2]
         grad_student_NV = grad_teacher_NV = None
         if wants_student:
-            grad_student_NV = student_NV.detach() if ctx.inplace else torch.empty_like(student_NV)
+            grad_student_NV = student_NV.detach() if ctx.inplace else _like(student_NV)
         if wants_teacher:
-            grad_teacher_NV = torch.empty(teacher_NV.shape, dtype=teacher_NV.dtype, device=teacher_NV.device)
+            grad_teacher_NV = _like(teacher_NV)
         _gradients(student_NV, teacher_NV, source_N, stats_N5, grad_total, grad_student_NV, grad_teacher_NV)
         if wants_student and ctx.inplace:
             increment_version(student_NV)  # whoever saved these logits now hears of it from autograd
@@ -337,6 +337,10 @@ def _rows(logits_NV: Tensor, apart: bool = False) -> Tensor:
     """Logits whose rows can be read element by element; apart: and can be written, so no two share memory."""
     fits = logits_NV.stride(1) == 1 and (not apart or logits_NV.stride(0) >= logits_NV.shape[1])
     return logits_NV if fits else logits_NV.contiguous()
+
+
+def _like(logits_NV: Tensor) -> Tensor:
+    return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
 
 
 def _counted(labels_N: Tensor) -> Tensor:

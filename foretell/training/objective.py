@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foretell.methods.base import DepthWeights
+from foretell.data.collate import to_batch
+from foretell.methods.base import DepthWeights, MTPModule
 from foretell.ops.losses import depth_weights
 from foretell.ops.shift import labels_of, next_labels
 from foretell.types import IGNORE_INDEX, Batch
@@ -28,6 +30,18 @@ def count_labels(batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_siz
         valid_BTK &= drafted_V[labels_BTK.clamp(min=0)]
     ordinary = (next_labels(batch.labels_BT, batch.document_BT) != IGNORE_INDEX).sum()
     return torch.cat([ordinary[None], valid_BTK.sum((0, 1))])
+
+
+def choose_labels(module: MTPModule, batch_samples: list[dict[str, Any]], seed: int, step: int, rank: int) -> None:
+    """Before anything is counted, a method that learns from a random part of a text chooses it: `mtp_labels` are added
+    to a step's micro-batches. The choice depends on seed, step, micro-batch and rank only: whatever workers prefetch, a
+    resumed run repeats it.
+    """
+    for micro, inputs in enumerate(batch_samples):
+        generator = torch.Generator().manual_seed(random.Random(str((seed, step, micro, rank))).getrandbits(63))
+        chosen_BTK = module.choose(to_batch(inputs), generator)
+        if chosen_BTK is not None:
+            inputs["mtp_labels"] = chosen_BTK
 
 
 def coefficients(counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float) -> Tensor:

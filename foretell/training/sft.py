@@ -34,7 +34,7 @@ from foretell.models.target import TargetRows
 from foretell.mtp import MTPModel
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import labels_of, next_labels
-from foretell.training.objective import count_labels, objective
+from foretell.training.objective import choose_labels, coefficients, count_labels, objective
 from foretell.training.tau import decoded_tau
 from foretell.types import LossSum
 
@@ -174,6 +174,7 @@ class SFTModel(MTPModel):
 
     args: SFTConfig
     detached = True  # no gradient of the MTP loss to the target in this step
+    coefficients_K: Tensor | None = None  # what the depths' totals will be multiplied by in this step
     losses: dict[str, Any] | None = None  # of the last forward
 
     def forward(self, mtp_labels: Tensor | None = None, **inputs: Any) -> ModelOutput:  # type: ignore[override]
@@ -190,8 +191,17 @@ class SFTModel(MTPModel):
         batch = to_batch({**columns, "mtp_labels": mtp_labels})  # type: ignore[dict-item]
         learns = training and args.mtp_training_mode != "disabled"
         with nullcontext() if learns else torch.no_grad():
+            read = rows
+            if self.module.lays_masks and not self.detached:  # masks that teach the target stand in its own forward
+                read = self.module.read(self.target, batch, learns=True, joint=True)
             mtp = self.module.losses(
-                self.target, batch, rows, detach=self.detached, supervision=args.mtp_supervision, kind=args.mtp_loss
+                self.target,
+                batch,
+                read,
+                detach=self.detached,
+                supervision=args.mtp_supervision,
+                kind=args.mtp_loss,
+                coefficients_K=self.coefficients_K,
             )
         stay = self._stay(batch, rows, inputs) if args.mtp_target_loss == "untouched" else None
         self.losses = {"mtp": mtp, "stay": stay}
@@ -282,6 +292,8 @@ class SFTTrainer(trl.SFTTrainer):
         if not args.trains_target:
             mtp.model.requires_grad_(False)
         mtp.make_trainable(args.mtp_training_mode != "disabled")
+        if mtp.module.lays_masks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            mtp.module.whole = True
         own, all_ = (sum(p.numel() for p in part.parameters()) for part in (mtp.module, mtp.model))
         self.accelerator.print(f"MTP module: {own:,} parameters beside the model's {all_:,} ({own / all_:.1%}).")
         self.mtp = self.model = self.model_wrapped = mtp
@@ -293,7 +305,9 @@ class SFTTrainer(trl.SFTTrainer):
         """TRL's count; beside it, those of the depths over the whole optimizer step."""
         if self.mtp is not None:
             self._counts_K1 = None
-            counts = [self._count(inputs) for inputs in batch_samples if "labels" in inputs]
+            labelled = [inputs for inputs in batch_samples if "labels" in inputs]
+            choose_labels(self.mtp.module, labelled, self.args.seed, self.state.global_step, self.args.process_index)
+            counts = [self._count(inputs) for inputs in labelled]
             if counts:
                 self._counts_K1 = torch.stack(counts).sum(0).to(device)
                 if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -316,19 +330,18 @@ class SFTTrainer(trl.SFTTrainer):
         args, training = mtp.args, mtp.training
         counts_K1 = self._counts_K1 if training and num_items_in_batch is not None else self._count(inputs)
         mtp.detached = args.mtp_training_mode != "joint" or self.state.global_step < args.mtp_heads_first_steps
+        assert counts_K1 is not None
+        weighing: dict[str, Any] = {"weights": args.mtp_weight_decay_strategy, "beta": args.mtp_depth_beta}
+        mtp.coefficients_K = coefficients(counts_K1, scale=args.mtp_loss_weight, **weighing)
         out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = out if return_outputs else (out, None)
         losses = mtp.losses
-        assert losses is not None and counts_K1 is not None
+        assert losses is not None
         # TRL's loss is scaled for the mean over ranks already; so is ours then
         ranks = self.accelerator.num_processes // self.get_tp_size()
         scale = ranks if args.average_tokens_across_devices and num_items_in_batch is not None else 1
         extra, parts = objective(
-            {"ntp": None, "mtp": losses["mtp"]},
-            counts_K1,
-            scale=args.mtp_loss_weight * scale,
-            weights=args.mtp_weight_decay_strategy,
-            beta=args.mtp_depth_beta,
+            {"ntp": None, "mtp": losses["mtp"]}, counts_K1, scale=args.mtp_loss_weight * scale, **weighing
         )
         learned = ntp if args.trains_target else ntp.detach()
         if losses["stay"] is not None:

@@ -9,7 +9,6 @@ One training step: collator -> compute_loss (below) -> MTPModel.forward -> metho
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from foretell.checkpoint import assign, load_tensors
+from foretell.checkpoint import assign, check_settings, load_tensors
 from foretell.data.collate import MTPCollator, pack, to_batch
 from foretell.data.formats import load_rows
 from foretell.data.prompts import check_tokenizer, encode_rows
@@ -28,7 +27,7 @@ from foretell.methods.base import DepthWeights, GradientMode, LossKind, Supervis
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.training.budget import TimeBudget
-from foretell.training.objective import coefficients, count_labels, objective
+from foretell.training.objective import choose_labels, coefficients, count_labels, objective
 from foretell.training.tau import decoded_tau
 
 
@@ -142,6 +141,8 @@ class MTPTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if model.module.lays_masks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            model.module.whole = True
         self.loss_is_scaled_for_ga = True  # objective() divides by counts of the whole accumulated step
         self.can_return_loss = True
         self._logged: dict[str, list[Tensor]] = {}
@@ -183,22 +184,10 @@ class MTPTrainer(Trainer):
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    def _choose(self, batch_samples: list) -> None:
-        """Before anything is counted, a method that learns from a random part of a text chooses it. The choice depends
-        on seed, step, micro-batch and rank only: whatever workers prefetch, a resumed run repeats it.
-        """
-        mtp = self._mtp()
-        for micro, inputs in enumerate(batch_samples):
-            at = (self.args.seed, self.state.global_step, micro, self.args.process_index)
-            generator = torch.Generator().manual_seed(random.Random(str(at)).getrandbits(63))
-            chosen_BTK = mtp.module.choose(to_batch(inputs), generator)
-            if chosen_BTK is not None:
-                inputs["mtp_labels"] = chosen_BTK
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[1 + K] counts of the whole optimizer step: every micro-batch, every rank."""
         mtp = self._mtp()
-        self._choose(batch_samples)
+        choose_labels(mtp.module, batch_samples, self.args.seed, self.state.global_step, self.args.process_index)
         counts_K1 = sum(
             count_labels(to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size)
             for inputs in batch_samples
@@ -356,6 +345,7 @@ class MTPTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         mtp, folder = self._mtp(), Path(resume_from_checkpoint)
+        check_settings(mtp.mtp_config, folder)
         load_tensors(mtp.module, folder)
         if self.args.trains_target:  # type: ignore[attr-defined]
             saved = type(mtp.model).from_pretrained(folder, dtype=mtp.target.dtype)

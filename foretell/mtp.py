@@ -337,7 +337,7 @@ def _drafter_of(
         if module_drafter is not None and mtp.module.guesses_trees:
             module_drafter.tree = tree
         if module_drafter is not None and mtp.module.lays_masks:
-            module_drafter.layout, module_drafter.masks = layout, masks
+            module_drafter.layout, module_drafter.masks = layout or "quadratic", masks
         drafter = [module_drafter if name == "mtp" else PromptLookup() for name in names]
         drafter.sort(key=lambda one: one.name != "lookup")  # what costs nothing proposes first
     drafters = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
@@ -352,9 +352,19 @@ def _layout_of(mtp: MTPModel, layout: str | None, drafter: Any, length: int | st
             f"draft_layout: got {layout!r} for method {mtp.mtp_config.method!r}, drafter {drafter!r} and "
             f"num_draft_tokens={length!r}, wanted one of {', '.join(LAYOUTS)} for a masked module that drafts."
         )
-    if not mtp.module.lays_masks:
+    if not (mtp.module.lays_masks and by_name and length):
         return None
-    return layout or ("two_pass" if getattr(mtp.mtp_config, "mask_tokens", None) == "noise" else "auto")
+    return layout or _usual_layout(mtp)
+
+
+def _usual_layout(mtp: MTPModel) -> str:
+    return "two_pass" if getattr(mtp.mtp_config, "mask_tokens", None) == "noise" else "auto"
+
+
+def _default_length(mtp: MTPModel, layout: str | None) -> int:
+    """Drafts a verification: the module's depth, and in two passes the target's own token before them."""
+    two_passes = mtp.module.lays_masks and (layout or _usual_layout(mtp)) == "two_pass"
+    return mtp.mtp_config.depth + two_passes
 
 
 def custom_generate(
@@ -374,11 +384,13 @@ def custom_generate(
 
     The arguments are those of MTPModel.generate.
     """
-    length = mtp.mtp_config.depth if num_draft_tokens is None else num_draft_tokens
+    length = _default_length(mtp, draft_layout) if num_draft_tokens is None else num_draft_tokens
     if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
         raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
     layout = _layout_of(mtp, draft_layout, drafter, length)
-    longest = getattr(mtp.drafter(), "longest", None) if drafter == "mtp" and length != "auto" and length else None
+    longest = None
+    if drafter == "mtp" and length != "auto" and length:
+        longest = _default_length(mtp, layout) if layout else getattr(mtp.drafter(), "longest", None)
     if longest is not None and int(length) > longest:
         raise ValueError(
             f"num_draft_tokens: got {length}, but this module drafts at most {longest} (depth={mtp.mtp_config.depth}); "
@@ -410,7 +422,9 @@ def custom_generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
-        masks = min(int(length), mtp.mtp_config.depth) if isinstance(length, int) else mtp.mtp_config.depth
+        masks = mtp.mtp_config.depth
+        if isinstance(length, int):  # in two passes the first draft is the target's own token
+            masks = min(max(length - (layout == "two_pass"), 1), masks)
         chosen = None if length == 0 else _drafter_of(mtp, drafter, sample, tree, layout, masks)
         adaptive = None
         if length == "auto" or (layout == "auto" and length):

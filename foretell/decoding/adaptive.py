@@ -218,15 +218,18 @@ class AdaptiveLength:
                 spent = self.cost(base + batch * groups * masks) - self.cost(base)
                 if total - self._rate * spent > best_gain:
                     best, best_gain = (masks, groups), total - self._rate * spent
-        masks, groups = best if best[0] else self._block_probe(longest)
+        if best[0]:
+            self._wait["masks"], self._since_probe = 1, 0
+        masks, groups = best if best[0] else self._block_probe(name, longest)
         return masks, [[row for row, _ in rows[:groups]] for rows in ends]
 
-    def _block_probe(self, longest: int) -> tuple[int, int]:
-        """Where blocks do not seem to pay: one now and then, to learn whether that has changed."""
+    def _block_probe(self, name: str, longest: int) -> tuple[int, int]:
+        """Where blocks do not seem to pay: one now and then, to learn whether that has changed. Its drafts are made."""
         self._since_probe += 1
         if self._since_probe < self._wait["masks"]:
             return 0, 0
         self._since_probe, self._wait["masks"] = 0, min(2 * self._wait["masks"], self.LONGEST_WAIT)
+        self._sit_out[name] = 0
         return min(longest, 2), 1
 
     def _ends(self, draft: Draft) -> list[tuple[int, float]]:

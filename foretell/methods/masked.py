@@ -171,6 +171,13 @@ class MaskedModule(MTPModule):
             use_rslora=config.lora_use_rslora,
             fuse=config.fuse_weights,
         )
+        experts = any("experts" in path for path, _ in target.layers.named_modules())
+        taken = {path.rpartition(".")[2] for path in adapters.paths} & {"gate_proj", "up_proj", "down_proj"}
+        if config.mask_tokens == "noise" and not config.sampler and experts and taken:
+            raise ValueError(
+                f"lora_modules: got {', '.join(sorted(taken))} in a model with experts; PEFT would take them for the "
+                "experts' matrices when it loads the adapter. Name the attention's linears."
+            )
         self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters)
         self.sampler = SamplerHead(target) if config.sampler else None
         # texts in one chunk, however long: what turns by a text's length, and (set by trainers) sharded parameters,

@@ -77,6 +77,7 @@ class MaskedDrafter(ChainDrafter):
         self, sequences: Sequence[SequenceState], drafts: list[Draft], adaptive: Any
     ) -> tuple[int, list[list[int]]]:
         """(K, of each sequence the rows that carry a block of K masks: 0 its last token, i + 1 its draft i)."""
+        self._seed_noise()
         if self.layout == "two_pass" or getattr(adaptive, "plain", False):
             return 0, [[] for _ in drafts]
         self._laid = self.masks
@@ -86,7 +87,7 @@ class MaskedDrafter(ChainDrafter):
             rows = [list(range(len(draft) + 1)) for draft in drafts]
         else:
             rows = [[_last_own(draft, self.name) + 1] for draft in drafts]
-        # beside another drafter's rows there may be more blocks than extra_rows foresees: the end of the cache cuts them
+        # with another drafter's rows there may be more blocks than extra_rows foresees: the cache's end cuts them
         room = self._capacity - max(s.cached for s in sequences) - 1 - max(map(len, drafts))
         return self._laid, [each[: room // max(self._laid, 1)] for each in rows]
 
@@ -106,6 +107,7 @@ class MaskedDrafter(ChainDrafter):
 
         The target's own next token of each sequence, and its probability.
         """
+        self._seed_noise()
         K, device = self.masks, self.target.device
         ids_BR = torch.tensor([[s.tokens[-1]] + [0] * K for s in sequences], device=device)
         step_BR = torch.arange(K + 1, device=device).expand(len(sequences), -1)
@@ -118,6 +120,10 @@ class MaskedDrafter(ChainDrafter):
             self._states[sequence.slot] = rows.post_norm_BRD[b, 1:]
         self.calls += 1
         return list(zip(token_B.tolist(), best_B.tolist(), strict=True))
+
+    def _seed_noise(self) -> None:
+        assert self.target.mask_rows is not None, "a masked module has given the target its mask rows"
+        self.target.mask_rows.generator = self.generator
 
     def _limit(self, sequence: SequenceState) -> int:
         states_KD = self._states[sequence.slot]

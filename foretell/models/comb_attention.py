@@ -26,7 +26,8 @@ from foretell.models.attention import foretell_attention
 from foretell.ops.tree import interval_mask_mod
 
 COMB = "foretell_comb"
-TILE_NUMBERS, TILE_COLUMNS = 4 * 2**20, 4096  # of one tile's scores: small enough for a CPU's caches
+# of one tile: its scores fit a CPU's caches, and few rows, so that little lies beyond their runs
+TILE_NUMBERS, TILE_COLUMNS, TILE_ROWS = 2**20, 4096, 256
 
 
 class CombKeys(Cache):
@@ -272,7 +273,7 @@ def _tiles(query: Tensor, first_BR: Tensor, last_BR: Tensor, masks: int) -> list
     B, H, G, R, _ = query.shape
     span = int((last_BR - first_BR).amax()) + 1 if R else 0
     columns = max(min(span, TILE_COLUMNS), 1)
-    step = max(TILE_NUMBERS // (B * H * G * columns), 1)
+    step = min(max(TILE_NUMBERS // (B * H * G * columns), 1), TILE_ROWS)
     step = max(step // masks, 1) * masks if masks else step
     found = []
     for at in range(0, R, step):

@@ -157,6 +157,7 @@ class MaskRows(nn.Module):
     def __init__(self, embed_tokens: nn.Module, depth: int, kind: str, adapters: GatedAdapters) -> None:
         super().__init__()
         self.kind, self.depth, self.adapters = kind, depth, adapters
+        self.generator: torch.Generator | None = None  # of noise, while somebody decodes with a seed of his own
         self._tokens = [embed_tokens]  # in a list: the target's, not a part of this module
         self.embedding: nn.Parameter | None = None
         if kind != "noise":
@@ -168,7 +169,8 @@ class MaskRows(nn.Module):
     def embed(self, embedding_BRD: Tensor, steps_BR: Tensor) -> Tensor:
         """The rows' embeddings, with the masks' own where steps_BR is not 0 (mask j of a block)."""
         if self.embedding is None:
-            ids_BR = torch.randint(self._tokens[0].weight.shape[0], steps_BR.shape, device=steps_BR.device)
+            tokens = self._tokens[0].weight.shape[0]
+            ids_BR = torch.randint(tokens, steps_BR.shape, generator=self.generator, device=steps_BR.device)
             own_BRD = self._tokens[0](ids_BR)
         else:
             at_BR = (steps_BR - 1).clamp(min=0) if len(self.embedding) > 1 else torch.zeros_like(steps_BR)

@@ -40,7 +40,7 @@ from foretell.runtime import provenance, write_json_atomic
 
 DESIGNS = ("two passes", "published")
 DEPTHS = (4, 8)
-PROMPT, ANSWER = 128, 384  # tokens of the step's text: only the answer carries masks
+PROMPT, ANSWER = 8, 504  # tokens of the text of a step: only the answer carries masks
 LENGTHS = (4096, 16384, 65536, 131072)
 PARTS = Literal["step", "layer", "memory", "stream", "long", "tau", "confirm"]
 # what the published figures vary; each differs from `base` in one thing, but for the last two

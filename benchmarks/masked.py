@@ -39,8 +39,8 @@ from foretell.ops.losses import linear_loss
 from foretell.runtime import provenance, write_json_atomic
 
 DESIGNS = ("two passes", "published")
-DEPTHS = (4, 8)
-PROMPT, ANSWER = 8, 504  # tokens of the text of a step: only the answer carries masks
+STEPS = ((4, 256), (4, 512), (8, 256))  # (K, tokens of the step's one text)
+PROMPT = 8  # tokens that carry no masks
 LENGTHS = (4096, 16384, 65536, 131072)
 PARTS = Literal["step", "layer", "memory", "stream", "long", "tau", "confirm"]
 # what the published figures vary; each differs from `base` in one thing, but for the last two
@@ -87,9 +87,9 @@ def smollm() -> tuple[nn.Module, Any]:
     return load_model(None, Path("runs/masked/model"))
 
 
-def step_inputs(vocabulary: int) -> dict[str, Tensor]:
-    """One text of PROMPT + ANSWER random tokens, of which the answer is learned."""
-    ids = torch.randint(0, vocabulary, (1, PROMPT + ANSWER), generator=torch.Generator().manual_seed(0))
+def step_inputs(vocabulary: int, tokens: int) -> dict[str, Tensor]:
+    """One text of random tokens, of which all but the first few are learned."""
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :PROMPT] = -100
     return {"input_ids": ids, "labels": labels}
@@ -136,9 +136,9 @@ RUN: dict[str, Callable[[MTPModel, dict[str, Tensor]], None]] = {"two passes": t
 def step_seconds(settings: MaskedSettings) -> dict[str, Any]:
     """Medians, interleaved; the designs' gradients are compared first."""
     model, _ = smollm()
-    inputs, found = step_inputs(model.config.vocab_size), {}
-    for depth in DEPTHS:
-        mtp = frozen(model, depth=depth)
+    found = {}
+    for depth, tokens in STEPS:
+        mtp, inputs = frozen(model, depth=depth), step_inputs(model.config.vocab_size, tokens)
         taken: dict[str, list[float]] = {design: [] for design in DESIGNS}
         for _ in range(settings.repeats):
             for design in DESIGNS:
@@ -147,13 +147,14 @@ def step_seconds(settings: MaskedSettings) -> dict[str, Any]:
                 RUN[design](mtp, inputs)
                 taken[design].append(time.perf_counter() - start)
         seconds = {design: median(values) for design, values in taken.items()}
-        found[f"K = {depth}"] = {
+        name = f"K = {depth}, {tokens} tokens"
+        found[name] = {
             "seconds": seconds,
             "spread": {design: [min(v), max(v)] for design, v in taken.items()},
-            "answer_tokens_per_second": {design: ANSWER / s for design, s in seconds.items()},
+            "answer_tokens_per_second": {design: (tokens - PROMPT) / s for design, s in seconds.items()},
             "times_faster": seconds["published"] / seconds["two passes"],
         }
-        print(f"step, K = {depth}: {seconds}  {found[f'K = {depth}']['times_faster']:.2f} times faster", flush=True)
+        print(f"step, {name}: {seconds}  {found[name]['times_faster']:.2f} times faster", flush=True)
     return found
 
 
@@ -212,7 +213,8 @@ def one(words: list[str]) -> None:
     """In a process of its own: the peak of a step, of a design on SmolLM2 or of a streamed text on a small model."""
     if words[0] == "step":
         model, _ = smollm()
-        inputs, mtp = step_inputs(model.config.vocab_size), frozen(model, depth=int(words[2]))
+        inputs = step_inputs(model.config.vocab_size, int(words[3]))
+        mtp = frozen(model, depth=int(words[2]))
         run = lambda: RUN[words[1]](mtp, inputs)  # noqa: E731
     else:
         mtp, inputs = long_text(int(words[1]), share=float(words[2]))
@@ -228,15 +230,16 @@ def one(words: list[str]) -> None:
 def step_memory(settings: MaskedSettings) -> dict[str, Any]:
     """Peak of a process that does one step on SmolLM2, and what the step adds to the loaded model."""
     found: dict[str, Any] = {}
-    for depth in DEPTHS:
-        peaks = {design: in_own_process("step", design, depth) for design in DESIGNS}
+    for depth, tokens in STEPS:
+        peaks = {design: in_own_process("step", design, depth, tokens) for design in DESIGNS}
         added = {design: p["peak"] - p["before"] for design, p in peaks.items()}
-        found[f"K = {depth}"] = {
+        name = f"K = {depth}, {tokens} tokens"
+        found[name] = {
             "peak": {design: p["peak"] for design, p in peaks.items()},
             "added": added,
             "share_of_published": added["two passes"] / added["published"],
         }
-        print(f"memory, K = {depth}: " + "  ".join(f"{d} +{a / 2**20:.0f} MiB" for d, a in added.items()), flush=True)
+        print(f"memory, {name}: " + "  ".join(f"{d} +{a / 2**20:.0f} MiB" for d, a in added.items()), flush=True)
     return found
 
 

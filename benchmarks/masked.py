@@ -315,7 +315,7 @@ def decoded(mtp: MTPModel, prompts: list[list[int]], tokens: int = 64) -> dict[s
         for layout in ("linear", "quadratic"):
             out = mtp.generate(**inputs, num_draft_tokens=4, draft_layout=layout, **common)
             one = found.setdefault(layout, {"emitted": 0, "verifications": 0, "accepted": [0] * 5, "equal": True})
-            records = [r for sequence in out.stats.sequences for r in sequence.record]
+            records = [r for record in out.stats.records for r in record]
             one["emitted"] += sum(r.emitted for r in records)
             one["verifications"] += len(records)
             for r in records:

@@ -71,7 +71,7 @@ class MaskedSettings:
     small: str = field(default="runs/small-target", metadata={"help": "The small target's folder."})
     variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": "Of part tau."})
     steps: int = field(default=250, metadata={"help": "Optimizer steps of each variant."})
-    confirm_steps: int = field(default=60, metadata={"help": "Optimizer steps on SmolLM2."})
+    confirm_steps: int = field(default=40, metadata={"help": "Optimizer steps on SmolLM2."})
     prompts: int = field(default=400, metadata={"help": "Prompts that the target answers for training."})
     repeats: int = field(default=3, metadata={"help": "Interleaved repeats."})
     output: str = field(default="results/masked.json", metadata={"help": "Where the numbers go."})
@@ -357,7 +357,7 @@ def confirm(settings: MaskedSettings) -> dict[str, Any]:
 
     model, tokenizer = smollm()
     chats = [_chat(row)["messages"] for row in _prompts(0)["train"]]
-    store = answers(model, tokenizer, chats, 96, Path("runs/masked/smollm-answers"))
+    store = answers(model, tokenizer, chats, 64, Path("runs/masked/smollm-answers"))
     prompts = [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]]
     found: dict[str, Any] = {"steps": settings.confirm_steps}
     for name in settings.variants[:2]:

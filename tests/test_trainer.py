@@ -481,15 +481,17 @@ def test_what_is_logged_and_where(tmp_path):
         "eval_mean_accepted",
         *depths,
     } <= evaluation.keys()
-    assert 1.5 < evaluation["eval_tau"] <= 3
-    # tau and acceptance are those of decoding each prompt alone, counted by hand
-    records = []
+    # tau and acceptance are those of decoding each prompt alone, counted by hand: new tokens from the text itself
+    records, new_tokens = [], 0
     for row in trainer.eval_dataset:
-        out = mtp.generate(
-            torch.tensor([prompt_of(row)]), max_new_tokens=8, do_sample=False, return_dict_in_generate=True
-        )
+        prompt = prompt_of(row)
+        out = mtp.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
         records += out.stats.records[0]
-    assert evaluation["eval_tau"] == pytest.approx(sum(v.emitted for v in records) / len(records))
+        new_tokens += out.sequences.shape[1] - len(prompt)
+        # each verification emits 3 tokens at most, so the fewest that 8 tokens can take are 3
+        assert 3 <= len(out.stats.records[0]) < 8 and out.sequences.shape[1] - len(prompt) == 8
+    assert evaluation["eval_tau"] == pytest.approx(new_tokens / len(records))
+    assert evaluation["eval_tau"] > 1.5
     assert evaluation["eval_mean_accepted"] == pytest.approx(sum(v.accepted for v in records) / len(records))
     for k in (1, 2):
         drafted = [v for v in records if v.depth >= k]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from foretell.models.target import Target
 from foretell.types import Draft, SequenceState, Worth
 
 
-class ChainDrafter:
+class ChainDrafter(ABC):
     """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now)."""
 
     name = "mtp"
@@ -26,16 +27,17 @@ class ChainDrafter:
         self.calls = 0  # forwards of one depth, for tests and reports
         self._head = module.draft_head(target)
 
+    @abstractmethod
     def _limit(self, sequence: SequenceState) -> int:
-        raise NotImplementedError
+        """How many tokens can be drafted for a sequence now."""
 
     def _begin(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None) -> list[Draft]:
         """The drafts that the chains go on from: empty ones, unless a method knows better."""
         return [Draft(probs=[] if self.sample else None) for _ in sequences]
 
+    @abstractmethod
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """[B, M] logits of depth k; anything for a sequence that does not want it."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:

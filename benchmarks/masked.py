@@ -115,7 +115,7 @@ def published(mtp: MTPModel, inputs: dict[str, Tensor]) -> None:
     """
     module, batch = mtp.module, to_batch(inputs)
     rows = one_pass(module, mtp.target, batch)
-    text_TD, masks_TKD = rows.post_norm_BRD[0], rows.masks_BTKD[0]
+    text_TD, masks_TKD = rows.post_norm_BRD[0], rows.piece.masks_BOKD[0]
     T, K, D = masks_TKD.shape
     every_NV = F.linear(torch.cat([text_TD, masks_TKD.reshape(-1, D)]), mtp.target.head.weight)
     teacher_TV = every_NV[:T].detach().float().softmax(-1)

@@ -25,7 +25,7 @@ from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
-from foretell.ops.shift import check_depth, next_labels
+from foretell.ops.shift import check_depth, next_labels, prefix_labels
 from foretell.types import Drafter, LossSum
 
 LAYOUTS = ("linear", "quadratic", "auto", "two_pass")
@@ -123,7 +123,8 @@ class MTPModel(nn.Module):
 
         inputs as made by MTPCollator. mtp_coefficients [K]: what the caller will multiply the depths' totals by, up to
         one factor for all; a text longer than a masked module's chunk_size needs it where they differ.
-        Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth}.
+        Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth, "anchor": LossSum or None}; the last is of
+        tokens that carry masks where these learn by proposals (methods/student_forced.py).
         """
         batch = to_batch(inputs)
         check_depth(self.mtp_config.depth, batch.input_ids_BT.shape[1])
@@ -133,11 +134,14 @@ class MTPModel(nn.Module):
         else:
             rows = self.module.read(self.target, batch, train_target, not detach)
         ntp: LossSum | None = None
-        if train_target:
+        anchored = self.module.anchored(mtp_supervision, not detach)
+        if train_target or self.module.text_learns(not detach):
+            assert rows is not None, "what learns the text has read it"
+            labels_BT = prefix_labels(batch) if anchored else next_labels(batch.labels_BT, batch.document_BT)
             ntp = linear_loss(
                 rows.post_norm_BRD.reshape(-1, self.target.hidden_size),
-                self.target.head.weight,
-                labels_N=next_labels(batch.labels_BT, batch.document_BT).reshape(-1),
+                self.target.head.weight if train_target else self.target.head.weight.detach(),
+                labels_N=labels_BT.reshape(-1),
                 bias_M=getattr(self.target.head, "bias", None),
                 softcap=self.target.softcap,
                 logit_scale=self.target.logit_scale,
@@ -153,7 +157,9 @@ class MTPModel(nn.Module):
                 kind=mtp_loss,
                 coefficients_K=mtp_coefficients,
             )
-        return {"ntp": ntp, "mtp": mtp}
+        if anchored and ntp is not None:
+            ntp.total = ntp.total * getattr(self.mtp_config, "prefix_loss_weight", 1.0)
+        return {"ntp": ntp, "mtp": mtp, "anchor": getattr(rows, "anchor", None)}
 
     def make_trainable(self, learns: bool) -> None:
         """Whether the module's parameters ask for a gradient. Those that learn become fp32 master weights: autocast

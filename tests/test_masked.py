@@ -46,7 +46,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foretell.config import ConfigError
 from foretell.data.collate import MTPCollator, to_batch
 from foretell.methods.base import MTPConfig
-from foretell.methods.masked import MaskedConfig, columns_of, one_pass
+from foretell.methods.masked import MaskedConfig, one_pass
+from foretell.methods.reading import columns_of
 from foretell.models import comb_attention
 from foretell.models.comb_attention import CombKeys, dense_attention, tiled_attention
 from foretell.models.gated_lora import GatedAdapters
@@ -148,8 +149,8 @@ def test_two_passes_read_what_one_reads(variant):
         text_BT = batch.document_BT != PAD_DOCUMENT
         text_BTD, masks_BTKD = (states[text_BT] for states in two_passes(mtp, batch))
         assert off(text_BTD, wanted.post_norm_BRD[text_BT]) < EXACT, name
-        assert off(masks_BTKD, wanted.masks_BTKD[text_BT]) < EXACT, name
-        assert off(masks_BTKD, wanted.masks_BTKD[text_BT].roll(1, dims=1)) > 1e-2, "the gate"
+        assert off(masks_BTKD, wanted.piece.masks_BOKD[text_BT]) < EXACT, name
+        assert off(masks_BTKD, wanted.piece.masks_BOKD[text_BT].roll(1, dims=1)) > 1e-2, "the gate"
 
 
 def plain_totals(mtp: MTPModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -158,7 +159,7 @@ def plain_totals(mtp: MTPModel, inputs: dict[str, Tensor]) -> Tensor:
     document_BT, labels_BT = batch.document_BT.tolist(), batch.labels_BT.tolist()
     B, T = batch.input_ids_BT.shape
     with target.constant():
-        masks_BTKD = one_pass(mtp.module, target, batch).masks_BTKD
+        masks_BTKD = one_pass(mtp.module, target, batch).piece.masks_BOKD
     totals = []
     for k in range(1, mtp.mtp_config.depth + 1):
         at = [
@@ -203,7 +204,7 @@ def test_text_states_are_those_of_the_target_whatever_the_masks():
         other = one_pass(mtp.module, mtp.target, batch)
     assert torch.equal(two_passes(mtp, batch)[0], before)
     assert torch.equal(other.post_norm_BRD[text_BT], one.post_norm_BRD[text_BT])
-    assert off(other.masks_BTKD, one.masks_BTKD) > 0.1
+    assert off(other.piece.masks_BOKD, one.piece.masks_BOKD) > 0.1
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def test_settings_that_cannot_be_are_refused_by_name():
         MaskedConfig(
             use_dora=True,
             lora_bias=True,
-            lora_rank=0,
+            lora_rank=-1,
             lora_dropout=1.0,
             chunk_size=4,
             mask_positions=1.5,
@@ -690,7 +691,7 @@ def by_hand(mtp: MTPModel, inputs: dict[str, Tensor], kind: str) -> dict[str, Te
     for t, k in itertools.product(range(T), range(1, K + 1)):
         if t + k + 1 >= T or labels[t + k + 1] == IGNORE_INDEX:
             continue
-        mask, text = rows.masks_BTKD[0, t, k - 1], rows.post_norm_BRD[0, t + k]
+        mask, text = rows.piece.masks_BOKD[0, t, k - 1], rows.post_norm_BRD[0, t + k]
         teacher = (head @ text).softmax(-1)
         states = {"sampler": mtp.module.sampler(target.embed(ids[t + k])[None], mask[None])[0], "mask": mask}
         for name, state in states.items():

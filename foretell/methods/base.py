@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from foretell.config import ConfigError, from_dict
+from foretell.methods.reading import below_text, owners_of
 from foretell.models.fast import fast_view
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
@@ -30,9 +31,11 @@ METHODS = {
 }
 
 GradientMode = Literal["disabled", "standalone", "joint"]
-Supervision = Literal["labels", "teacher", "teacher_hard"]
+Supervision = Literal["labels", "teacher", "teacher_hard", "student_forced", "student_forced_soft", "student_forced_gt"]
+SOFT: tuple[Supervision, ...] = ("teacher", "student_forced_soft")  # learned from a distribution, by any kind of loss
 LossKind = Literal["ce", "kl", "reverse_kl", "tv"]
-DepthWeights = Literal["uniform", "harmonic", "exponential"]
+REREADS: tuple[Supervision, ...] = ("student_forced", "student_forced_soft")  # the teacher reads proposals
+DepthWeights = Literal["uniform", "harmonic", "exponential", "rows"]
 
 
 @dataclass(kw_only=True)
@@ -93,6 +96,8 @@ class MTPModule(nn.Module):
 
     guesses_trees = False  # whether its drafter has a `tree` to be told which guesses to propose
     lays_masks = False  # whether its drafts come of mask rows that ride in the target's forward
+    shortest_text = 0  # tokens of a text below which there is nothing to train
+    teacher: Target | None = None  # of proposals, where the target itself learns: a frozen copy, never saved
     reads_states = True  # whether the target's states are all it needs of a text, so that kept ones will do
     draft_vocab_ids: Tensor | None
 
@@ -121,6 +126,14 @@ class MTPModule(nn.Module):
         """Settings and tensors of a plain PEFT adapter, where the module is one; state: its tensors, whole."""
         return None
 
+    def text_learns(self, joint: bool) -> bool:
+        """Whether training moves what ordinary tokens say: then they have a next-token loss of their own."""
+        return joint
+
+    def anchored(self, supervision: Supervision, joint: bool) -> bool:
+        """Whether tokens that carry masks learn as those do (`LossSum` anchor), instead of the data's next token."""
+        return False
+
     def read(self, target: Target, batch: Batch, learns: bool, joint: bool) -> TargetRows | None:
         """The target's states of a text, with gradient if it learns (joint: from the module too); None: the losses read
         it themselves.
@@ -144,6 +157,28 @@ class MTPModule(nn.Module):
     ) -> Iterator[Tensor]:
         """[B, T, D] for each depth 1..depths, what its output head reads."""
         raise TypeError(f"{type(self).__name__} says nothing about its depths.")
+
+    def propose(
+        self, target: Target, batch: Batch, source_BTD: Tensor, owner_BO: Tensor, first_BO: Tensor, detach: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(tokens [B, O, K], states of the depths [B, O, D]) of chains that start at chosen tokens with the target's
+        own next tokens first_BO: depth k speaks of what follows token k of the chain, and depth k + 1 reads that.
+        """
+        ids, states = [first_BO], []
+        for k, state_BTD in enumerate(self.depth_states(target, batch, source_BTD, detach), start=1):
+            states.append(state_BTD.gather(1, owner_BO[..., None].expand(-1, -1, state_BTD.shape[2])))
+            ids.append(self.guess(target, states[-1], k))
+        return torch.stack(ids[:-1], dim=-1), states
+
+    @torch.no_grad()
+    def guess(self, target: Target, state_BOD: Tensor, k: int) -> Tensor:
+        """[B, O] what depth k says first."""
+        weight_MD, bias_M = self.unembedding(target, k, detach=True)
+        chosen_N = torch.cat(
+            [F.linear(p, weight_MD.to(p.dtype), bias_M).argmax(-1) for p in state_BOD.flatten(0, 1).split(256)]
+        )
+        chosen_BO = chosen_N.view(state_BOD.shape[:2])
+        return chosen_BO if self.draft_vocab_ids is None else self.draft_vocab_ids[chosen_BO]
 
     def target_head(self, target: Target, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The target's output head over the draft vocabulary: weight [M, D] and bias [M] or None."""
@@ -196,12 +231,14 @@ class MTPModule(nn.Module):
         rows: as `read` gave them. coefficients_K: what the depths' totals will be multiplied by; only a stream asks.
         """
         assert rows is not None, "this method reads the target's states"
+        if supervision in REREADS:
+            return self.losses_of_proposals(target, batch, rows, detach, supervision, kind)
         source_BTD, post_BTD = self.source(rows), rows.post_norm_BRD.detach()
         labels_BTK = self.labels(batch)
         if supervision == "teacher_hard":
             labels_BTK = self._argmax_labels(target, labels_BTK, post_BTD)
         if self.draft_vocab_ids is not None and supervision != "teacher":
-            labels_BTK = self._to_draft_ids(labels_BTK, target.vocab_size)
+            labels_BTK = self.to_draft_ids(labels_BTK, target.vocab_size)
         teacher_MD, teacher_bias_M = self.target_head(target, detach=True)
         T, D = post_BTD.shape[1], post_BTD.shape[2]
         out = []
@@ -233,7 +270,45 @@ class MTPModule(nn.Module):
             )
         return out
 
-    def _to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
+    def losses_of_proposals(
+        self, target: Target, batch: Batch, rows: TargetRows, detach: bool, supervision: Supervision, kind: LossKind
+    ) -> list[LossSum]:
+        """One LossSum a depth, of chains that read what they drafted (methods/student_forced.py says why).
+
+        Every token with a label starts a chain. Rows of other positions that a chain attends to have read the data's
+        tokens, as in drafting those before it have read known ones.
+        """
+        labels_BTK, teacher, D = self.labels(batch), self.teacher or target, target.hidden_size
+        carries_BT = (labels_BTK != IGNORE_INDEX).any(-1)
+        owner_BO, valid_BO = owners_of(carries_BT, max(int(carries_BT.sum(1).amax()), 1))
+        with torch.no_grad():
+            own_ND = rows.post_norm_BRD.gather(1, owner_BO[..., None].expand(-1, -1, D)).flatten(0, 1)
+            at_N = torch.arange(len(own_ND), device=own_ND.device)
+            first_BO = chosen_tokens(target.logits, own_ND, at_N).view_as(owner_BO)
+        source_BTD = self.source(rows).detach() if detach else self.source(rows)
+        ids_BOK, states = self.propose(target, batch, source_BTD, owner_BO, first_BO, detach)
+        read_BOKD = below_text(teacher, batch, owner_BO, valid_BO, ids_BOK.shape[2]).reread(ids_BOK)
+        teacher_MD, teacher_bias_M = self.target_head(teacher, detach=True)
+        out = []
+        for k, state_BOD in enumerate(states, start=1):
+            counts_BO = (labels_BTK[..., k - 1].gather(1, owner_BO) != IGNORE_INDEX) & valid_BO
+            read_ND = read_BOKD[:, :, k - 1].flatten(0, 1)
+            what: dict[str, Any] = {"kind": "ce"}
+            if supervision in SOFT:
+                what = {"kind": kind, "teacher_hidden_ND": read_ND, "teacher_weight_MD": teacher_MD}
+                what |= {"teacher_bias_M": teacher_bias_M, "teacher_rows_N": at_N}
+                label_N = first_BO.flatten()  # says no more than that the row counts
+            else:
+                label_N = chosen_tokens(teacher.logits, read_ND, at_N)
+                label_N = label_N if self.draft_vocab_ids is None else self.to_draft_ids(label_N, target.vocab_size)
+            weight_MD, what["bias_M"] = self.unembedding(target, k, detach)
+            label_N = label_N.masked_fill(~counts_BO.flatten(), IGNORE_INDEX)
+            what |= {"labels_N": label_N, "softcap": target.softcap, "logit_scale": target.logit_scale}
+            out.append(linear_loss(state_BOD.flatten(0, 1), weight_MD, **what))
+        return out
+
+    def to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
+        """Labels as indices into the draft vocabulary, IGNORE_INDEX where they are not in it."""
         table_V = labels.new_full((vocab_size,), IGNORE_INDEX)
         table_V[self.draft_vocab_ids] = torch.arange(len(self.draft_vocab_ids), device=labels.device)
         return torch.where(labels == IGNORE_INDEX, labels, table_V[labels.clamp(min=0)])
@@ -268,6 +343,13 @@ class MTPModule(nn.Module):
                 logits = kept
             out.append(logits)
         return torch.stack(out, dim=2)
+
+
+@torch.no_grad()
+def chosen_tokens(logits: Callable[[Tensor], Tensor], states_ND: Tensor, rows_N: Tensor) -> Tensor:
+    """A teacher's own next tokens at these rows of its states, each asked once."""
+    rows_U, at_N = rows_N.unique(return_inverse=True)
+    return torch.cat([logits(states_ND[part]).argmax(-1) for part in rows_U.split(256)])[at_N]
 
 
 def config_class(method: str) -> type[MTPConfig]:

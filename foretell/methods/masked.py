@@ -3,10 +3,8 @@
 arXiv 2507.11851 ("Your LLM Knows the Future") and MTP-GLoRA. Mask j below the token at position t stands at t + j and
 predicts token t + 1 + j. Adapters act on mask rows only, so ordinary tokens are the target's to the bit.
 
-Training runs in two passes. Ordinary rows never depend on a mask, so they run first, once, without gradient, and leave
-their keys and values; then mask rows alone run, forward and backward, against those. Long texts go chunk by chunk:
-exact, since nothing of a chunk's text is learned, and with memory that grows by keys and values only. `one_pass` is the
-slow twin: tokens and masks in one token tree, everything with gradient; joint training needs it.
+How masks are read in training, in two passes or in one, is methods/reading.py; learning from proposals of the module's
+own (arXiv 2602.06019) is methods/student_forced.py.
 """
 
 # B sequences, T positions, O tokens that carry masks, K masks of each, R rows of a pass, N rows flattened, D hidden
@@ -14,7 +12,9 @@ slow twin: tokens and masks in one token tree, everything with gradient; joint t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -22,16 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.methods.base import LossKind, MTPConfig, MTPModule, Supervision
+from foretell.methods.base import SOFT, LossKind, MTPConfig, MTPModule, Supervision, chosen_tokens
 from foretell.methods.masked_drafter import MaskedDrafter
+from foretell.methods.reading import CombRows, Piece, ends_of, one_pass, pieces
 from foretell.methods.streaming import streamed, summed
-from foretell.models.comb_attention import CombKeys
+from foretell.methods.student_forced import (
+    REGIONS,
+    anchor,
+    by_proposals,
+    choose_regions,
+    is_forced,
+    region_problems,
+    rereads,
+)
 from foretell.models.gated_lora import ALL_LINEAR, GatedAdapters, MaskRows
 from foretell.models.sampler_head import SamplerHead
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import ahead
-from foretell.ops.tree import MASK, comb
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch, LossSum
 
 MaskTokens = Literal["shared", "distinct", "noise"]
@@ -51,7 +59,11 @@ class MaskedConfig(MTPConfig):
         metadata={"help": "One embedding for all masks, distinct ones, or noise: embeddings of random tokens."},
     )
     train_masks: bool = field(default=True, metadata={"help": "Mask embeddings learn; else they stay the mean."})
-    lora_rank: int = field(default=16, metadata={"help": "r of the adapters."})
+    lora_rank: int = field(default=16, metadata={"help": "r of the adapters; 0: none."})
+    lora_gate: bool = field(
+        default=True,
+        metadata={"help": "Adapters act on masks only; False: plain LoRA, which changes the text as well."},
+    )
     lora_alpha: float = field(default=32.0, metadata={"help": "Adapters are scaled by alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Of what the adapters read."})
     lora_use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead."})
@@ -77,8 +89,23 @@ class MaskedConfig(MTPConfig):
         default=False, metadata={"help": "A prediction counts only while those before it are the data's tokens."}
     )
     mask_positions: float | str = field(
-        default="all", metadata={"help": "Tokens that carry masks in training: all, a share below 1, or a number."}
+        default="all",
+        metadata={"help": "Tokens that carry masks in training: all, a share below 1, a number, or regions."},
     )
+    region_tokens: int = field(
+        default=160, metadata={"help": "S of arXiv 2602.06019: tokens and masks of a text that `regions` share."}
+    )
+    regions: int = field(default=5, metadata={"help": "M: a region has S // M rows, its last k - 1 are masks."})
+    k_min: int = field(default=2, metadata={"help": "With regions each step draws k (next token and k - 1 masks)."})
+    k_max: int | None = field(default=None, metadata={"help": "Another name of depth + 1."})
+    fixed_k: int | None = field(default=None, metadata={"help": "The same k in each step; sets depth and k_min."})
+    proposal: Literal["argmax", "sample"] = field(
+        default="argmax", metadata={"help": "Student-forced: how the module's own proposals are made."}
+    )
+    prefix_loss_weight: float = field(
+        default=1.0, metadata={"help": "Student-forced, where the text learns too: of its ordinary next-token loss."}
+    )
+    entropy_loss_weight: float = field(default=0.0, metadata={"help": "Of the entropy of the predictions."})
     chunk_size: int = field(default=512, metadata={"help": "Tokens of a text that are trained at once; exact."})
     offload_keys: bool = field(default=False, metadata={"help": "Keep the text's keys and values on the CPU."})
 
@@ -88,9 +115,22 @@ class MaskedConfig(MTPConfig):
             if self.depth not in (standard, self.draft_length):
                 raise ValueError(f"draft_length={self.draft_length} and depth={self.depth} are one thing: give one.")
             self.depth, self.draft_length = self.draft_length, None
+        self._take_k()
         if isinstance(self.mask_positions, str) and self.mask_positions.replace(".", "", 1).isdigit():
             self.mask_positions = float(self.mask_positions)
         super().__post_init__()
+
+    def _take_k(self) -> None:
+        standard = type(self).__dataclass_fields__["depth"].default
+        for name in ("fixed_k", "k_max"):
+            k = getattr(self, name)
+            if k is not None:
+                if self.depth not in (standard, k - 1):
+                    raise ValueError(f"{name}={k} and depth={self.depth} disagree: depth is k - 1; give one.")
+                self.depth = k - 1
+        if self.fixed_k is not None:
+            self.k_min, self.fixed_k = self.fixed_k, None
+        self.k_max = None
 
     def problems(self) -> list[str]:
         """See MTPConfig."""
@@ -98,8 +138,11 @@ class MaskedConfig(MTPConfig):
         for name in ("use_dora", "lora_bias"):
             if getattr(self, name):
                 found.append(f"{name}: gated adapters are plain LoRA; leave it out.")
-        if self.lora_rank < 1 or self.lora_alpha <= 0:
-            found.append(f"lora_rank, lora_alpha: got {self.lora_rank} and {self.lora_alpha}, wanted more than 0.")
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            found.append(
+                f"lora_rank, lora_alpha: got {self.lora_rank} and {self.lora_alpha}, wanted at least 0 (no adapters) "
+                "and more than 0."
+            )
         if not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout: got {self.lora_dropout}, wanted at least 0 and below 1.")
         if self.hidden_source != "post_norm":
@@ -107,14 +150,19 @@ class MaskedConfig(MTPConfig):
         if self.chunk_size < self.depth + 1:
             found.append(f"chunk_size: got {self.chunk_size}, wanted at least depth + 1 = {self.depth + 1} tokens.")
         where = self.mask_positions
-        if where != "all" and not (
+        if where not in ("all", REGIONS) and not (
             isinstance(where, float | int) and (0 < where < 1 or (where >= 1 and where % 1 == 0))
         ):
-            found.append(f"mask_positions: got {where!r}, wanted 'all', a share between 0 and 1, or a whole number.")
+            found.append(
+                f"mask_positions: got {where!r}, wanted 'all', 'regions', a share between 0 and 1, or a whole number."
+            )
+        if where == REGIONS:
+            found += region_problems(self.region_tokens, self.regions, self.k_min, self.depth + 1)
         if self.sampler and not self.sampler_loss_weight:
             found.append("sampler_loss_weight: got 0 for a sampler that then never learns; use sampler=False.")
         weights = [self.sampler_loss_weight if self.sampler else 0.0, self.own_loss_weight]
         every = [*weights, self.label_loss_weight, self.tv_loss_weight, self.latent_loss_weight]
+        every += [self.prefix_loss_weight, self.entropy_loss_weight]
         if min(every) < 0 or sum(weights) == 0:
             found.append(
                 "sampler_loss_weight, mask_loss_weight, ...: wanted none below 0 and one of these two above 0."
@@ -135,24 +183,6 @@ class MaskedConfig(MTPConfig):
         return MaskedModule(self, target)
 
 
-@dataclass
-class CombRows(TargetRows):
-    """What `one_pass` gives: text rows, and the state of every mask [B, T, K, D]."""
-
-    masks_BTKD: Tensor | None = None
-
-
-@dataclass
-class Piece:
-    """A stretch of tokens with their masks read, and the text's states that their losses need."""
-
-    masks_BOKD: Tensor
-    owner_BO: Tensor  # columns of the tokens that carry masks
-    valid_BO: Tensor  # False where a row of owners is only filled up
-    text_BWD: Tensor  # states of the text's columns first, first + 1, ...
-    first: int
-
-
 class MaskedModule(MTPModule):
     """Mask embeddings, gated adapters, and a sampler head or none."""
 
@@ -164,7 +194,7 @@ class MaskedModule(MTPModule):
         super().__init__(config, target)
         adapters = GatedAdapters(
             target.layers,
-            config.lora_modules,
+            config.lora_modules if config.lora_rank else [],
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
@@ -178,7 +208,8 @@ class MaskedModule(MTPModule):
                 f"lora_modules: got {', '.join(sorted(taken))} in a model with experts; PEFT would take them for the "
                 "experts' matrices when it loads the adapter. Name the attention's linears."
             )
-        self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters)
+        self.gated = config.lora_gate or not adapters.paths
+        self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters, self.gated)
         self.sampler = SamplerHead(target) if config.sampler else None
         # texts in one chunk, however long: what turns by a text's length, and (set by trainers) sharded parameters,
         # which ranks must read in step
@@ -215,68 +246,50 @@ class MaskedModule(MTPModule):
         }
         return settings, tensors
 
-    # -- reading: two passes, and one --------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def shortest_text(self) -> int:  # type: ignore[override]
+        """See MTPModule: a region."""
+        return self.config.region_tokens // self.config.regions if self.config.mask_positions == REGIONS else 0
+
+    @property
+    def reference(self) -> str:
+        """Whose text a lossless output is."""
+        return "the target" if self.gated else "the target with the module's adapters on, not the target alone"
+
+    def text_learns(self, joint: bool) -> bool:
+        """See MTPModule: plain adapters act on the text's rows as well."""
+        return joint or not self.gated
+
+    def anchored(self, supervision: Supervision, joint: bool) -> bool:
+        """See MTPModule."""
+        return is_forced(supervision) and self.text_learns(joint)
 
     def read(self, target: Target, batch: Batch, learns: bool, joint: bool) -> TargetRows | None:
-        """See MTPModule: jointly in one pass; else masks are read by the losses, chunk by chunk."""
-        if joint:
-            return one_pass(self, target, batch)
-        return super().read(target, batch, learns, joint) if learns else None
+        """See MTPModule: where the text learns in one pass; else masks are read by the losses, chunk by chunk."""
+        if not self.text_learns(joint):
+            return super().read(target, batch, learns, joint) if learns else None
+        labels_BTK = self.labels(batch)
+        with nullcontext() if joint else target.constant():
+            return one_pass(self, target, batch, (labels_BTK != IGNORE_INDEX).any(-1), _deepest(labels_BTK))
 
-    def pieces(self, target: Target, batch: Batch, carries_BT: Tensor) -> Iterator[Piece]:
-        """Read a text and the masks of the tokens where carries_BT says so, chunk by chunk; at least one piece.
-
-        A token's masks are read once the K tokens after it are, whose states teach them: nothing is lost at borders.
-        """
-        T, K = batch.input_ids_BT.shape[1], self.config.depth
-        C = T if self.whole else self.config.chunk_size
-        column_BT, start_BT = columns_of(batch.document_BT)
-        keys = CombKeys(T, "cpu" if self.config.offload_keys else None)
-        text_BWD, first, done, found = None, 0, 0, False
-        for at in range(0, T, C):
-            end = min(at + C, T)
-            part = slice(at, end)
-            keys.begin(start_BT[:, part], column_BT[:, part], column_BT[:, part], end, at, 0)
-            with torch.no_grad():  # the masks' losses teach the text's rows nothing
-                embedding_BRD = target.embed(batch.input_ids_BT[:, part])
-                new_BRD = target.read_comb(embedding_BRD, batch.position_ids_BT[:, part], keys)
-            text_BWD = new_BRD if text_BWD is None else torch.cat([text_BWD[:, done - first :], new_BRD], dim=1)
-            first, ready = done, T if end == T else max(end - K, done)
-            carries_BW = carries_BT[:, done:ready]
-            owners = int(carries_BW.sum(1).amax()) if ready > done else 0
-            last = end == T and not found  # a step needs a gradient, if only zeros
-            if owners or last:
-                found, owners = True, max(owners, 1)
-                owner_BO = (~carries_BW).long().argsort(dim=1, stable=True)[:, :owners] + done
-                valid_BO = carries_BW.gather(1, owner_BO - done)
-                masks_BOKD = self.read_masks(target, batch, keys, owner_BO, valid_BO, start_BT)
-                yield Piece(masks_BOKD, owner_BO, valid_BO, text_BWD, first)
-            done = ready
-
-    def read_masks(
-        self, target: Target, batch: Batch, keys: CombKeys, owner_BO: Tensor, valid_BO: Tensor, start_BT: Tensor
-    ) -> Tensor:
-        """[B, O, K, D] after the final norm: the masks of these tokens, against the keys of their text."""
-        B, owners, K = owner_BO.shape[0], owner_BO.shape[1], self.config.depth
-        step_BR = torch.arange(1, K + 1, device=owner_BO.device).repeat(B, owners)
-        owner_BR = owner_BO.repeat_interleave(K, dim=1)
-        start_BR = start_BT.gather(1, owner_BR)
-        last_BR = torch.where(valid_BO.repeat_interleave(K, dim=1), owner_BR, start_BR - 1)
-        keys.begin(start_BR, last_BR, owner_BR + step_BR, keys.end, None, K)
-        nothing_BRD = torch.zeros(B, owners * K, target.hidden_size, device=owner_BO.device, dtype=target.dtype)
-        embedding_BRD = self.rows.embed(nothing_BRD, step_BR)
-        positions_BR = batch.position_ids_BT.gather(1, owner_BR) + step_BR
-        masks_BRD = target.read_comb(embedding_BRD, positions_BR, keys, self.rows.adapters)
-        return masks_BRD.view(B, owners, K, -1)
+    def pieces(self, target: Target, batch: Batch, carries_BT: Tensor, depths: int | None = None) -> Iterator[Piece]:
+        """See reading.pieces."""
+        return pieces(self, target, batch, carries_BT, depths or self.config.depth)
 
     # -- losses --------------------------------------------------------------------------------------------------------
 
     def choose(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
         """See MTPModule: labels of the tokens that carry masks in this step, by `mask_positions`."""
         where = self.config.mask_positions
-        if isinstance(where, str):
+        if where == "all":
             return None
         labels_BTK = self.labels(batch).cpu()
+        if where == REGIONS:
+            width = self.config.region_tokens // self.config.regions
+            chosen = choose_regions(labels_BTK, batch, width, self.config.k_min, generator)
+            return chosen.to(batch.labels_BT.device)
         carries_BT = (labels_BTK != IGNORE_INDEX).any(-1)
         count_B1 = carries_BT.sum(1, keepdim=True)
         wanted_B1 = (count_B1.double() * where).ceil().long() if where < 1 else count_B1.clamp(max=int(where))
@@ -302,13 +315,18 @@ class MaskedModule(MTPModule):
         def loss(piece: Piece) -> LossSum:
             return self._piece_loss(target, batch, piece, labels_BTK, detach, supervision, kind)
 
+        def read() -> Iterator[Piece]:
+            return self.pieces(target, batch, carries_BT, _deepest(labels_BTK))
+
         if isinstance(rows, CombRows):
-            column_BT = torch.arange(labels_BTK.shape[1], device=labels_BTK.device).expand(labels_BTK.shape[:2])
-            found = loss(Piece(rows.masks_BTKD, column_BT, carries_BT, rows.post_norm_BRD, 0))
+            assert rows.piece is not None
+            found = loss(rows.piece)
+            if is_forced(supervision):
+                rows.anchor = anchor(target, batch, rows.piece, labels_BTK, detach, supervision, kind)
         elif self.whole or labels_BTK.shape[1] <= self.config.chunk_size or not torch.is_grad_enabled():
-            found = summed(loss(piece) for piece in self.pieces(target, batch, carries_BT))
+            found = summed(map(loss, read()))
         else:
-            found = streamed(self, lambda: map(loss, self.pieces(target, batch, carries_BT)), coefficients_K)
+            found = streamed(self, lambda: map(loss, read()), coefficients_K)
         return [LossSum(found.total[k], found.count[k], found.correct[k]) for k in range(self.config.depth)]
 
     def _piece_loss(
@@ -322,34 +340,34 @@ class MaskedModule(MTPModule):
         kind: LossKind,
     ) -> LossSum:
         """Totals, counts and correct guesses [K] of a piece: every part of the loss by its weight."""
-        config, K = self.config, self.config.depth
-        owner_BOK = piece.owner_BO[..., None].expand(-1, -1, K)
-        labels_BOK = labels_BTK.gather(1, owner_BOK).masked_fill(~piece.valid_BO[..., None], IGNORE_INDEX)
-        b_N, o_N, k_N = (labels_BOK != IGNORE_INDEX).nonzero(as_tuple=True)
-        label_N, before_N = labels_BOK[b_N, o_N, k_N], piece.owner_BO[b_N, o_N] + k_N + 1  # column of the token before
-        mask_ND = piece.masks_BOKD[b_N, o_N, k_N]
+        config, K, read = self.config, self.config.depth, piece.masks_BOKD.shape[2]
+        owner_BOK = piece.owner_BO[..., None].expand(-1, -1, read)
+        labels_BOK = labels_BTK[..., :read].gather(1, owner_BOK)
+        labels_BOK = labels_BOK.masked_fill(~piece.valid_BO[..., None], IGNORE_INDEX)
+        b_N, _, k_N = at = (labels_BOK != IGNORE_INDEX).nonzero(as_tuple=True)
+        label_N, mask_ND = labels_BOK[at], piece.masks_BOKD[at]
         if not len(mask_ND):  # connected to every parameter all the same: other ranks wait for the gradients
-            mask_ND = piece.masks_BOKD[:1, 0, 0]
-            b_N, o_N, k_N = (torch.zeros(1, dtype=torch.long, device=mask_ND.device) for _ in range(3))
-            label_N, before_N = torch.full_like(b_N, IGNORE_INDEX), b_N + piece.first
-        text_ND = piece.text_BWD.reshape(-1, piece.text_BWD.shape[2]).detach()
-        text_N = b_N * piece.text_BWD.shape[1] + before_N - piece.first  # whose prediction is the teacher's
-        data_N = label_N
-        if supervision == "teacher_hard":
-            label_N = torch.where(label_N == IGNORE_INDEX, label_N, _choices(target, text_ND, text_N))
+            b_N, _, k_N = at = tuple(torch.zeros(1, dtype=torch.long, device=mask_ND.device) for _ in range(3))
+            label_N, mask_ND = torch.full_like(b_N, IGNORE_INDEX), piece.masks_BOKD[:1, 0, 0]
+        if rereads(supervision):
+            before_N, text_ND, text_N, label_N = by_proposals(self, target, piece, at, label_N, supervision)
+            right_N = label_N  # what a chain goes on from: the teacher's own words
+        else:
+            right_N = label_N  # the data's
+            before_N, text_ND, text_N, label_N = self._by_text(target, batch, piece, at, label_N, supervision)
         outputs = []
         if self.sampler is not None:
-            embedding_ND = target.embed(batch.input_ids_BT[b_N, before_N])
+            embedding_ND = target.embed(before_N)
             state_ND = self.sampler(embedding_ND.detach() if detach else embedding_ND, mask_ND)
             outputs.append((state_ND, config.sampler_loss_weight))
         outputs.append((mask_ND, config.own_loss_weight))
         outputs = [output for output in outputs if output[1]] or outputs[:1]
         weight_MD, bias_M = self.target_head(target, detach)
         if config.free_running:
-            right_N = self._while_right(target, outputs[0][0], data_N, (b_N, o_N, k_N), labels_BOK.shape)
-            label_N = label_N.masked_fill(~right_N, IGNORE_INDEX)
-        hard_N = label_N if self.draft_vocab_ids is None else self._to_draft_ids(label_N, target.vocab_size)
-        teacher_MD, teacher_bias_M = self.target_head(target, detach=True)
+            still_N = self._while_right(target, outputs[0][0], right_N, at, labels_BOK.shape)
+            label_N = label_N.masked_fill(~still_N, IGNORE_INDEX)
+        hard_N = label_N if self.draft_vocab_ids is None else self.to_draft_ids(label_N, target.vocab_size)
+        teacher_MD, teacher_bias_M = self.target_head(piece.teacher, detach=True)
         n, G = len(outputs), len(outputs) * K
         shared: dict[str, Any] = {"softcap": target.softcap, "logit_scale": target.logit_scale, "bias_M": bias_M}
         teacher = {
@@ -360,9 +378,10 @@ class MaskedModule(MTPModule):
             "labels_N": label_N.repeat(n),
         }
         labels = {"labels_N": hard_N.repeat(n)}
+        soft = supervision in SOFT
         parts: list[tuple[float, dict[str, Any]]] = [
-            (1.0, {**teacher, "kind": kind} if supervision == "teacher" else labels),
-            (config.label_loss_weight if supervision == "teacher" else 0.0, labels),
+            (1.0, {**teacher, "kind": kind} if soft else labels),
+            (config.label_loss_weight if soft else 0.0, labels),
             (config.tv_loss_weight, {**teacher, "kind": "tv"}),
         ]
         group_N = torch.cat([k_N + i * K for i in range(n)])
@@ -374,10 +393,33 @@ class MaskedModule(MTPModule):
                 found = _by_group(hidden_ND, weight_MD, group_N, G, **what, **shared)
                 first_sum = first_sum or found
                 total_K = total_K + weight * (found.total * factor_G.to(found.total.dtype)).view(n, K).sum(0)
+        if config.entropy_loss_weight:  # H = log M - KL from the uniform distribution, which a state of zeros speaks
+            zeros = {**teacher, "teacher_hidden_ND": torch.zeros_like(text_ND[:1]), "teacher_bias_M": None}
+            zeros["teacher_rows_N"] = torch.zeros_like(teacher["teacher_rows_N"])
+            found = _by_group(hidden_ND, weight_MD, group_N, G, **{**zeros, "kind": "reverse_kl"}, **shared)
+            entropy_G = found.count * math.log(len(weight_MD)) - found.total
+            total_K = total_K + config.entropy_loss_weight * (entropy_G * factor_G).view(n, K).sum(0)
         if config.latent_loss_weight:
             far_N = (mask_ND - text_ND[text_N]).float().pow(2).sum(-1).masked_fill(label_N == IGNORE_INDEX, 0.0)
             total_K = total_K + config.latent_loss_weight * far_N.new_zeros(K).index_add(0, k_N, far_N)
         return LossSum(total_K, first_sum.count[:K], first_sum.correct[:K])
+
+    def _by_text(
+        self, target: Target, batch: Batch, piece: Piece, at: Any, label_N: Tensor, supervision: Supervision
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(the token before each prediction, states of a teacher, which of them speaks of it, labels): the data's."""
+        b_N, o_N, k_N = at
+        owner_N = piece.owner_BO[b_N, o_N]
+        end_N = ends_of(batch.document_BT)[b_N, owner_N]
+        before_N = owner_N + k_N + 1
+        if supervision not in ("labels", "student_forced_gt"):  # what lies behind the text's end has no teacher
+            label_N = label_N.masked_fill(before_N > end_N, IGNORE_INDEX)
+        before_N = torch.minimum(before_N, end_N)
+        text_ND = piece.text_BWD.reshape(-1, piece.text_BWD.shape[2]).detach()
+        text_N = b_N * piece.text_BWD.shape[1] + before_N - piece.first
+        if supervision == "teacher_hard":
+            label_N = torch.where(label_N == IGNORE_INDEX, label_N, chosen_tokens(target.logits, text_ND, text_N))
+        return batch.input_ids_BT[b_N, before_N], text_ND, text_N, label_N
 
     @torch.no_grad()
     def _while_right(
@@ -418,30 +460,6 @@ class MaskedModule(MTPModule):
         return MaskedDrafter(self, self.sampler, target, sample)
 
 
-def one_pass(module: MaskedModule, target: Target, batch: Batch) -> CombRows:
-    """Tokens and masks in one token tree, everything with gradient: what two passes must equal, and joint training."""
-    (B, T), K = batch.input_ids_BT.shape, module.config.depth
-    parents_BR, kinds_BR, _ = comb(T, K, batch.document_BT)
-    step_T = torch.arange(1, K + 1, device=parents_BR.device).repeat(T)
-    step_BR = torch.cat([torch.zeros(T, dtype=torch.long, device=step_T.device), step_T]).expand(B, -1)
-    owner_BT = batch.position_ids_BT
-    positions_BR = torch.cat([owner_BT, owner_BT.repeat_interleave(K, dim=1) + step_T], dim=1)
-    text_BTD = target.embed(batch.input_ids_BT)
-    filler_BRD = text_BTD.new_zeros(B, T * K, text_BTD.shape[2])
-    embedding_BRD = module.rows.embed(torch.cat([text_BTD, filler_BRD], dim=1), step_BR)
-    with module.rows.adapters.on(target.layers, (kinds_BR == MASK).reshape(-1).nonzero()[:, 0]):
-        states_BRD = target.read_tree(embedding_BRD, positions_BR, parents_BR)
-    return CombRows(states_BRD[:, :T], None, masks_BTKD=states_BRD[:, T:].reshape(B, T, K, -1))
-
-
-def columns_of(document_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(column_BT, start_BT): each token's own column, and the first of its document; padding stands alone."""
-    column_BT = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
-    new_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    new_BT[:, 1:] = (document_BT[:, 1:] != document_BT[:, :-1]) | (document_BT[:, 1:] == PAD_DOCUMENT)
-    return column_BT, torch.where(new_BT, column_BT, 0).cummax(1).values
-
-
 def _by_group(hidden_ND: Tensor, weight_MD: Tensor, group_N: Tensor, groups: int, **what: Any) -> LossSum:
     """linear_loss with one sum a group, also where the head learns."""
     if not weight_MD.requires_grad:
@@ -454,8 +472,7 @@ def _by_group(hidden_ND: Tensor, weight_MD: Tensor, group_N: Tensor, groups: int
     return LossSum(*(torch.stack([getattr(loss, name) for loss in each]) for name in ("total", "count", "correct")))
 
 
-@torch.no_grad()
-def _choices(target: Target, text_ND: Tensor, rows_N: Tensor) -> Tensor:
-    """The target's own next tokens at these rows, each asked once."""
-    rows_U, at_N = rows_N.unique(return_inverse=True)
-    return torch.cat([target.logits(text_ND[part]).argmax(-1) for part in rows_U.split(256)])[at_N]
+def _deepest(labels_BTK: Tensor) -> int:
+    """How many masks of a block are asked for: the deepest depth with a label, at least one."""
+    used_K = (labels_BTK != IGNORE_INDEX).flatten(0, 1).any(0)
+    return int(used_K.nonzero().amax()) + 1 if bool(used_K.any()) else 1

@@ -25,6 +25,7 @@ from foretell.models.mtp_block import FusionOrder, MTPBlock
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.shift import ahead
+from foretell.ops.tree import forest
 from foretell.types import Batch, Draft, SequenceState
 
 LONGEST_SHARED = 16
@@ -95,6 +96,33 @@ class SequentialModule(MTPModule):
             places = target.position_embeddings(hidden_BTD, batch.position_ids_BT, block.layer_type)
             state_BTD, hidden_BTD = block(embedding_BTD, hidden_BTD, places, batch.position_ids_BT)
             yield state_BTD
+
+    def propose(
+        self, target: Target, batch: Batch, source_BTD: Tensor, owner_BO: Tensor, first_BO: Tensor, detach: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See MTPModule. A chain's row stands beside its token's own: it sees the same rows before it, and itself."""
+        B, T = batch.input_ids_BT.shape
+        parents_BT = forest(batch.document_BT)
+        parents_BR = torch.cat([parents_BT, parents_BT.gather(1, owner_BO)], dim=1)
+        positions_BR = torch.cat([batch.position_ids_BT, batch.position_ids_BT.gather(1, owner_BO)], dim=1)
+        nothing_B, R = torch.zeros(B, dtype=torch.long, device=owner_BO.device), parents_BR.shape[1]
+        for block in self.blocks:
+            block.masks.begin(nothing_B, R, R, parents_BR=parents_BR)
+        own_BOD = source_BTD.gather(1, owner_BO[..., None].expand(-1, -1, source_BTD.shape[2]))
+        hidden_BRD, chain, states = torch.cat([source_BTD, own_BOD], dim=1), [first_BO], []
+        for k in range(1, self.config.depth + 1):
+            ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
+            embedding_BRD = target.embed(torch.cat([ids_BT, chain[-1]], dim=1))
+            embedding_BRD = embedding_BRD.detach() if detach else embedding_BRD
+            there_BR = torch.cat([inside_BT, torch.ones_like(owner_BO, dtype=torch.bool)], dim=1)
+            block = self.block(k)
+            places = target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
+            state_BRD, hidden_BRD = block(
+                embedding_BRD * there_BR[..., None].to(embedding_BRD.dtype), hidden_BRD, places, positions_BR
+            )
+            states.append(state_BRD[:, T:])
+            chain.append(self.guess(target, states[-1], k))
+        return torch.stack(chain[:-1], dim=-1), states
 
     def drafter(self, target: Target, sample: bool = False) -> SequentialDrafter:
         """A drafter over the module's current weights; sample: draw drafts from its distribution instead of argmax."""

@@ -154,9 +154,12 @@ class MaskRows(nn.Module):
     of a token drawn uniformly (SGLang's UNO serves such adapters).
     """
 
-    def __init__(self, embed_tokens: nn.Module, depth: int, kind: str, adapters: GatedAdapters) -> None:
+    def __init__(
+        self, embed_tokens: nn.Module, depth: int, kind: str, adapters: GatedAdapters, gated: bool = True
+    ) -> None:
+        """gated: False lets every row through the adapters, text as well."""
         super().__init__()
-        self.kind, self.depth, self.adapters = kind, depth, adapters
+        self.kind, self.depth, self.adapters, self.gated = kind, depth, adapters, gated
         self.generator: torch.Generator | None = None  # of noise, while somebody decodes with a seed of his own
         self._tokens = [embed_tokens]  # in a list: the target's, not a part of this module
         self.embedding: nn.Parameter | None = None
@@ -178,12 +181,15 @@ class MaskRows(nn.Module):
         return torch.where((steps_BR > 0)[..., None], own_BRD.to(embedding_BRD.dtype), embedding_BRD)
 
     @contextmanager
-    def through(self, steps_BR: Tensor) -> Iterator[None]:
-        """For the decoding view, whose linears know their adapters: these rows pass through them."""
-        rows = (steps_BR.reshape(-1) > 0).nonzero()[:, 0]
-        first, n = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
-        in_a_row = n > 0 and int(rows[-1]) == first + n - 1
-        self.adapters.rows = slice(first, first + n) if in_a_row else rows
+    def through(self, steps_BR: Tensor | None) -> Iterator[None]:
+        """For the decoding view, whose linears know their adapters: these rows pass through them (None: no masks)."""
+        if not self.gated:
+            self.adapters.rows = slice(None)
+        elif steps_BR is not None:
+            rows = (steps_BR.reshape(-1) > 0).nonzero()[:, 0]
+            first, n = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
+            in_a_row = n > 0 and int(rows[-1]) == first + n - 1
+            self.adapters.rows = slice(first, first + n) if in_a_row else rows
         try:
             yield
         finally:

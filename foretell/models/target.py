@@ -344,8 +344,7 @@ class Target:
             return self._forward_rows(input_ids_BR, lengths_B, cache, first, position_ids_BR, visible, masks)
         assert self.mask_rows is not None, "only a masked module's target reads mask rows"
         embedding_BRD = self.mask_rows.embed(self.embed(input_ids_BR), steps_BR)
-        with self.mask_rows.through(steps_BR):
-            return self._forward_rows(embedding_BRD, lengths_B, cache, first, position_ids_BR, visible, masks)
+        return self._forward_rows(embedding_BRD, lengths_B, cache, first, position_ids_BR, visible, masks, steps_BR)
 
     def _forward_rows(
         self,
@@ -356,6 +355,7 @@ class Target:
         position_ids_BR: Tensor,
         visible: int,
         masks: dict[str, Any],
+        steps_BR: Tensor | None = None,
     ) -> TargetRows:
         """read: token ids [B, R] or what stands for them, [B, R, D]."""
         view, R = self.view(), read.shape[1]
@@ -365,13 +365,14 @@ class Target:
         cache.begin(first, lengths_B, valid_BR, R, visible)
         self._masks.begin(lengths_B, visible, R, **masks)
         decoder = view.get_decoder()
-        out = decoder(
-            **{"input_ids" if read.dim() == 2 else "inputs_embeds": read},
-            position_ids=position_ids_BR,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        with nullcontext() if self.mask_rows is None else self.mask_rows.through(steps_BR):
+            out = decoder(
+                **{"input_ids" if read.dim() == 2 else "inputs_embeds": read},
+                position_ids=position_ids_BR,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
         return TargetRows(out.last_hidden_state, self._pre_norm)
 
     def _can_be_recorded(self) -> bool:

@@ -52,6 +52,14 @@ def next_labels(labels_BT: Tensor, document_BT: Tensor) -> Tensor:
     return ahead(labels_BT, 1, document_BT, IGNORE_INDEX)[0]
 
 
+def prefix_labels(batch: Batch) -> Tensor:
+    """next_labels without the tokens that carry masks, by the labels that the batch brings for these."""
+    labels_BT = next_labels(batch.labels_BT, batch.document_BT)
+    if batch.mtp_labels_BTK is None:
+        return labels_BT
+    return labels_BT.masked_fill((batch.mtp_labels_BTK != IGNORE_INDEX).any(-1), IGNORE_INDEX)
+
+
 def future_labels(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
     """Labels of depths 1..K: out[b, t, k - 1] = labels_BT[b, t + 1 + k], or IGNORE_INDEX.
 

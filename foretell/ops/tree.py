@@ -205,6 +205,30 @@ def comb(tokens: int, masks: int, document_BT: Tensor | None = None) -> tuple[Te
     return parents_BR, kinds_BR, positions_BR.masked_fill_(parents_BR == PADDING, 0)
 
 
+def hang(document_BT: Tensor, owner_BO: Tensor, valid_BO: Tensor, masks: int) -> tuple[Tensor, Tensor]:
+    """The tree of a text whose chosen tokens carry K masks each: `comb` where all of them do.
+
+    Rows 0..T-1 are the tokens; row T + o * K + (j - 1) is mask j of owner o.
+
+    Args:
+        document_BT: [B, T] as for `forest`.
+        owner_BO: [B, O] long, columns of the tokens that carry masks.
+        valid_BO: [B, O] bool: False makes a block padding, as a token of padding does.
+        masks: K.
+
+    Returns:
+        (parents_BR, kinds_BR): long [B, T + O * K].
+    """
+    (B, T), O = document_BT.shape, owner_BO.shape[1]  # noqa: E741 (a shape letter)
+    row_M = torch.arange(T, T + O * masks, device=document_BT.device)
+    first_M = (row_M - T) % masks == 0
+    parents_BM = torch.where(first_M, owner_BO.repeat_interleave(masks, dim=1), row_M - 1)
+    hangs_BO = valid_BO & (document_BT.gather(1, owner_BO) != PAD_DOCUMENT)
+    parents_BM = parents_BM.masked_fill(~hangs_BO.repeat_interleave(masks, dim=1), PADDING)
+    kinds_BR = torch.where(torch.arange(T + O * masks, device=row_M.device) < T, REGULAR, MASK).repeat(B, 1)
+    return torch.cat([forest(document_BT), parents_BM], dim=1), kinds_BR
+
+
 def comb_mask_mod(
     tokens: int, masks: int, document_BT: Tensor | None = None, window: int | None = None, first_row: int = 0
 ) -> MaskMod:

@@ -13,14 +13,17 @@ from torch import Tensor
 from foretell.data.collate import to_batch
 from foretell.methods.base import DepthWeights, MTPModule
 from foretell.ops.losses import depth_weights
-from foretell.ops.shift import labels_of, next_labels
+from foretell.ops.shift import labels_of, next_labels, prefix_labels
 from foretell.types import IGNORE_INDEX, Batch
 
 
-def count_labels(batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_size: int) -> Tensor:
+def count_labels(
+    batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_size: int, anchored: bool = False
+) -> Tensor:
     """[1 + K] counted rows of a micro-batch: the ordinary next token, then each depth. Labels decide, not the loss.
 
-    draft_ids_M: with a reduced draft vocabulary a label outside it is not counted.
+    draft_ids_M: with a reduced draft vocabulary a label outside it is not counted. anchored: tokens that carry masks
+    are no ordinary rows.
     """
     labels_BTK = labels_of(batch, depth)
     valid_BTK = labels_BTK != IGNORE_INDEX
@@ -28,7 +31,8 @@ def count_labels(batch: Batch, depth: int, draft_ids_M: Tensor | None, vocab_siz
         drafted_V = torch.zeros(vocab_size, dtype=torch.bool, device=labels_BTK.device)
         drafted_V[draft_ids_M.to(labels_BTK.device)] = True
         valid_BTK &= drafted_V[labels_BTK.clamp(min=0)]
-    ordinary = (next_labels(batch.labels_BT, batch.document_BT) != IGNORE_INDEX).sum()
+    ordinary_BT = prefix_labels(batch) if anchored else next_labels(batch.labels_BT, batch.document_BT)
+    ordinary = (ordinary_BT != IGNORE_INDEX).sum()
     return torch.cat([ordinary[None], valid_BTK.sum((0, 1))])
 
 
@@ -44,12 +48,18 @@ def choose_labels(module: MTPModule, batch_samples: list[dict[str, Any]], seed: 
             inputs["mtp_labels"] = chosen_BTK
 
 
-def coefficients(counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float) -> Tensor:
-    """[K] what each depth's sum is multiplied by: scale * the depth's weight / its global count.
+def coefficients(
+    counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float, anchored: bool = False
+) -> Tensor:
+    """[K] what each depth's sum is multiplied by: scale * the depth's weight / its global count; with weights="rows"
+    every counted row weighs the same. anchored: each first mask that counts has another row before it that does.
 
     counts_K1 [1 + K] are global: over all micro-batches and ranks of this step. So a micro-batch's share of the loss is
     the same however the step is cut up. Depths that count nothing contribute nothing.
     """
+    if weights == "rows":
+        rows = counts_K1[1:].sum() + (counts_K1[1] if anchored else 0)
+        return (scale / rows.clamp(min=1).double()).expand(len(counts_K1) - 1).to(torch.get_default_dtype())
     counts_K = counts_K1[1:].clamp(min=1)
     return scale * torch.tensor(depth_weights(weights, len(counts_K), beta), device=counts_K.device) / counts_K
 
@@ -60,15 +70,18 @@ def objective(
     """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
     counts, which are those of `coefficients`.
     """
-    mtp = losses["mtp"]
+    mtp, anchor = losses["mtp"], losses.get("anchor")
     counts_K1 = counts_K1.to(mtp[0].total.device)
     parts = {}
     total = mtp[0].total.new_zeros(())
     if losses["ntp"] is not None:
         parts["ntp"] = losses["ntp"].total / counts_K1[0].clamp(min=1)
         total = total + parts["ntp"]
-    factor_K = coefficients(counts_K1, scale=1.0, weights=weights, beta=beta).to(mtp[0].total)
+    anchored = anchor is not None
+    factor_K = coefficients(counts_K1, scale=1.0, weights=weights, beta=beta, anchored=anchored).to(mtp[0].total)
     parts["mtp"] = (torch.stack([loss.total for loss in mtp]) * factor_K).sum()
+    if anchor is not None:  # as many rows as the first depth, and of its weight
+        parts["mtp"] = parts["mtp"] + anchor.total * factor_K[0]
     if mtp[0].total.requires_grad:
         total = total + scale * parts["mtp"]
     return total, {name: part.detach() for name, part in parts.items()}

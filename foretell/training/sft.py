@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import trl
@@ -28,7 +28,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from foretell.checkpoint import load_tensors
 from foretell.data.collate import to_batch
-from foretell.methods.base import METHODS, DepthWeights, GradientMode, LossKind, MTPConfig, Supervision, load_preset
+from foretell.methods.base import (
+    METHODS,
+    SOFT,
+    DepthWeights,
+    GradientMode,
+    LossKind,
+    MTPConfig,
+    Supervision,
+    load_preset,
+)
+from foretell.methods.student_forced import rereads
 from foretell.models.mtp_heads import HeadType, InitStrategy
 from foretell.models.target import TargetRows
 from foretell.mtp import MTPModel
@@ -55,7 +65,8 @@ class SFTConfig(trl.SFTConfig):
     mtp_init_strategy: InitStrategy = field(default="default", metadata={"help": "How the heads' weights start."})
     mtp_dropout_prob: float = field(default=0.1, metadata={"help": "Dropout before and inside heads."})
     mtp_weight_decay_strategy: DepthWeights = field(
-        default="uniform", metadata={"help": "Weights of the depths: uniform, harmonic (1, 1/2, 1/3) or exponential."}
+        default="uniform",
+        metadata={"help": "Weights of the depths: uniform, harmonic (1, 1/2, 1/3), exponential or rows."},
     )
     mtp_depth_beta: float = field(default=0.6, metadata={"help": "Base of exponential depth weights (Medusa: 0.8)."})
     mtp_method: str = field(default="heads", metadata={"help": f"Architecture of the module: {', '.join(METHODS)}."})
@@ -63,7 +74,7 @@ class SFTConfig(trl.SFTConfig):
         default="joint", metadata={"help": "disabled, standalone (the model is untouched to the bit) or joint."}
     )
     mtp_supervision: Supervision = field(
-        default="labels", metadata={"help": "labels, teacher (the model's own distribution) or teacher_hard."}
+        default="labels", metadata={"help": f"What the depths learn from: {', '.join(get_args(Supervision))}."}
     )
     mtp_loss: LossKind = field(default="ce", metadata={"help": "ce, kl, reverse_kl or tv; labels take ce only."})
     mtp_preset: str | None = field(
@@ -116,7 +127,12 @@ class SFTConfig(trl.SFTConfig):
         found = []
         if self.mtp_loss_weight < 0:
             found.append(f"mtp_loss_weight: got {self.mtp_loss_weight}, wanted at least 0")
-        if self.mtp_supervision != "teacher" and self.mtp_loss != "ce":
+        if rereads(self.mtp_supervision) and self.mtp_training_mode == "joint":
+            found.append(
+                "mtp_supervision: student_forced in joint mode needs a frozen copy of the model as its teacher, which "
+                "MTPTrainer keeps (foretell train); here train the module alone: mtp_training_mode=standalone"
+            )
+        if self.mtp_supervision not in SOFT and self.mtp_loss != "ce":
             found.append(f"mtp_loss: {self.mtp_loss} needs a distribution; with {self.mtp_supervision} use ce")
         if self.mtp_heads_first_steps and self.mtp_training_mode != "joint":
             mode = self.mtp_training_mode
@@ -288,6 +304,10 @@ class SFTTrainer(trl.SFTTrainer):
         if self._is_vlm:
             raise ValueError(f"{type(model).__name__}: wanted a text model; MTP modules read text only.")
         mtp = SFTModel(model, args.mtp_config())
+        if mtp.module.text_learns(joint=False):
+            raise ValueError(
+                "lora_gate: plain adapters change the model itself. Give TRL's peft_config, or train with MTPTrainer."
+            )
         mtp.args, mtp.notes = args, {"training": {k: v for k, v in args.to_dict().items() if k.startswith("mtp_")}}
         if not args.trains_target:
             mtp.model.requires_grad_(False)
@@ -317,7 +337,8 @@ class SFTTrainer(trl.SFTTrainer):
     def _count(self, inputs: dict[str, Any]) -> Tensor:
         mtp = self.mtp
         assert mtp is not None
-        ids = mtp.module.draft_vocab_ids if mtp.args.mtp_supervision == "labels" else None
+        given = mtp.args.mtp_supervision in ("labels", "student_forced_gt")
+        ids = mtp.module.draft_vocab_ids if given else None
         return count_labels(to_batch(inputs), mtp.mtp_config.depth, ids, mtp.target.vocab_size)
 
     def compute_loss(

@@ -8,6 +8,7 @@ One training step: collator -> compute_loss (below) -> MTPModel.forward -> metho
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from foretell.checkpoint import assign, check_settings, load_tensors
 from foretell.data.collate import MTPCollator, pack, to_batch
 from foretell.data.formats import load_rows
 from foretell.data.prompts import check_tokenizer, encode_rows
-from foretell.methods.base import DepthWeights, GradientMode, LossKind, Supervision
+from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision
+from foretell.methods.student_forced import rereads
+from foretell.models.target import Target
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.training.budget import TimeBudget
@@ -49,13 +52,20 @@ class MTPTrainingArguments(TrainingArguments):
         default="standalone", metadata={"help": "disabled, standalone (the target is untouched to the bit) or joint."}
     )
     mtp_supervision: Supervision = field(
-        default="labels", metadata={"help": "labels, teacher (the target's distribution) or teacher_hard (its argmax)."}
+        default="labels",
+        metadata={
+            "help": "labels, teacher (the target's distribution), teacher_hard (its argmax), or, of the module's own "
+            "proposals, student_forced (the target's argmax), student_forced_soft or student_forced_gt (the data)."
+        },
     )
     mtp_loss: LossKind = field(default="ce", metadata={"help": "ce, kl, reverse_kl or tv; labels take ce only."})
     mtp_loss_scaling_factor: float | None = field(
         default=None, metadata={"help": "Weight of the MTP loss beside the next-token loss; 0.1 in joint, else 1."}
     )
-    mtp_depth_weights: DepthWeights = field(default="uniform", metadata={"help": "uniform, harmonic or exponential."})
+    mtp_depth_weights: DepthWeights = field(
+        default="uniform",
+        metadata={"help": "uniform, harmonic, exponential, or rows (every counted prediction alike)."},
+    )
     mtp_depth_beta: float = field(default=0.6, metadata={"help": "Base of exponential depth weights (FastMTP: 0.6)."})
     train_target: bool | None = field(
         default=None,
@@ -75,7 +85,7 @@ class MTPTrainingArguments(TrainingArguments):
     def problems(self) -> list[str]:
         """What is wrong with these settings, in plain sentences."""
         found = []
-        if self.mtp_supervision != "teacher" and self.mtp_loss != "ce":
+        if self.mtp_supervision not in SOFT and self.mtp_loss != "ce":
             found.append(
                 f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use ce."
             )
@@ -127,6 +137,7 @@ class MTPTrainer(Trainer):
             raise ValueError("; ".join(problems))
         if args.resume_from_checkpoint is None and args.output_dir is None:
             raise ValueError("output_dir: got none, wanted a folder for checkpoints.")
+        self.too_short = 0  # training rows that were skipped
         train_rows = self._encode(train_dataset, processing_class, args, model, "train_dataset")
         eval_rows = self._encode(eval_dataset, processing_class, args, model, "eval_dataset")
         self._freeze(model, args)
@@ -143,6 +154,8 @@ class MTPTrainer(Trainer):
         )
         if model.module.lays_masks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             model.module.whole = True
+        if args.trains_target and rereads(args.mtp_supervision):
+            model.module.teacher = Target(copy.deepcopy(model.model).eval().requires_grad_(False))
         self.loss_is_scaled_for_ga = True  # objective() divides by counts of the whole accumulated step
         self.can_return_loss = True
         self._logged: dict[str, list[Tensor]] = {}
@@ -173,6 +186,17 @@ class MTPTrainer(Trainer):
                 f"{model.mtp_config.depth} needs at least {model.mtp_config.depth + 2}: give longer rows "
                 "or a smaller depth."
             )
+        shortest = model.module.shortest_text
+        long_enough = [row for row in out if len(row["input_ids"]) >= shortest]
+        if len(long_enough) < len(out) and what == "train_dataset":
+            if not long_enough:
+                raise ValueError(
+                    f"{what}: the longest of {len(out)} usable rows has {longest} tokens, a region has {shortest}: "
+                    "give longer rows, or more regions or smaller region_tokens."
+                )
+            print(f"{what}: {len(out) - len(long_enough)} of {len(out)} rows are shorter than a region of {shortest} "
+                  "tokens and are skipped.", flush=True)  # fmt: skip
+            self.too_short, out = len(out) - len(long_enough), long_enough
         return pack(out, args.max_length) if args.packing and what == "train_dataset" else out
 
     @staticmethod
@@ -189,7 +213,9 @@ class MTPTrainer(Trainer):
         mtp = self._mtp()
         choose_labels(mtp.module, batch_samples, self.args.seed, self.state.global_step, self.args.process_index)
         counts_K1 = sum(
-            count_labels(to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size)
+            count_labels(
+                to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size, self._anchored()
+            )
             for inputs in batch_samples
         )
         if not torch.is_tensor(counts_K1):  # an empty iterator
@@ -212,15 +238,16 @@ class MTPTrainer(Trainer):
         training, mtp = model.training, self._mtp()
         if num_items_in_batch is None:  # evaluation: this batch alone
             num_items_in_batch = count_labels(
-                to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size
+                to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size, self._anchored()
             )
         weighing: dict[str, Any] = {"weights": args.mtp_depth_weights, "beta": args.mtp_depth_beta}
+        anchored = self._anchored() if training else False
         losses = model(
             mtp_training_mode=args.mtp_training_mode if training else "disabled",
             mtp_supervision=args.mtp_supervision,
             mtp_loss=args.mtp_loss,
             train_target=args.trains_target,
-            mtp_coefficients=coefficients(num_items_in_batch, scale=args.mtp_scale, **weighing),
+            mtp_coefficients=coefficients(num_items_in_batch, scale=args.mtp_scale, anchored=anchored, **weighing),
             **inputs,
         )
         loss, parts = objective(losses, num_items_in_batch, scale=args.mtp_scale, **weighing)
@@ -316,10 +343,14 @@ class MTPTrainer(Trainer):
     def _mtp(self) -> MTPModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
+    def _anchored(self) -> bool:
+        args: MTPTrainingArguments = self.args  # type: ignore[assignment]
+        return self._mtp().module.anchored(args.mtp_supervision, args.mtp_training_mode == "joint")
+
     def _draft_ids(self) -> Tensor | None:
         # a teacher is asked in every labelled place, drafted label or not; where its choice is no draft token the row
         # adds nothing, but it counts, since counts are known before any forward
-        if self.args.mtp_supervision != "labels":  # type: ignore[attr-defined]
+        if self.args.mtp_supervision not in ("labels", "student_forced_gt"):  # type: ignore[attr-defined]
             return None
         return getattr(self._mtp().module, "draft_vocab_ids", None)
 

@@ -177,6 +177,74 @@ def where(provenance: dict[str, Any]) -> str:
     return f"{cpu}, {time[:10]}, commit {str(provenance['commit'])[:10]}."
 
 
+def selfdistill_table(result: dict[str, Any]) -> list[str]:
+    """What masks, modules and heads learn from; lossy and lossless decoding; speed by batch."""
+    lines: list[str] = []
+
+    def compared(part: str, what: str) -> None:
+        for name, arms in result.get(part, {}).items():
+            if not isinstance(arms, dict) or name == "provenance":
+                continue
+            depth = max(len(arm["accept_given"]) for arm in arms.values())
+            heads = " | ".join(f"accept_given[{k}]" for k in range(1, depth + 1))
+            lines.extend([f"| {what}{name} | tau | {heads} |", "|---" * (depth + 2) + "|"])
+            for arm, found in arms.items():
+                pairs = zip(found["accept_given"], found["accept_given_sd"], strict=True)
+                cells = " | ".join(f"{a:.3f} ± {sd:.3f}" for a, sd in pairs)
+                lines.append(f"| {arm} | {found['tau']:.3f} ± {found['tau_sd']:.3f} | {cells} |")
+            lines.append("")
+        if part in result:
+            seeds = len(next(iter(arms.values()))["runs"])
+            lines.extend([
+                f"{result[part]['steps']} steps of 8 answers, mean and standard deviation of {seeds} seeds, lossless.",
+                where(result[part]["provenance"]), "",
+            ])  # fmt: skip
+
+    compared("arms", "gated LoRA, K = 4: ")
+    compared("chains", "K = 3: ")
+    if "confirm" in result:
+        lines += ["| SmolLM2-135M | tau | accept_given |", "|---|---|---|"]
+        for arm, found in result["confirm"].items():
+            if isinstance(found, dict) and "tau" in found:
+                lines.append(f"| {arm} | {found['tau']:.3f} | {', '.join(f'{a:.3f}' for a in found['accept_given'])} |")
+        lines += ["", f"{result['confirm']['steps']} steps of 4 answers, one seed.", ""]
+    if "curve" in result:
+        found = result["curve"]
+        sets = list(found["target"])
+        heads = " | ".join(f"{n}: tokens a forward | tokens agree | whole answers | accuracy" for n in sets)
+        lines += [f"| | {heads} |", "|---" * (1 + 4 * len(sets)) + "|"]
+        for method, points in found.items():
+            if not isinstance(points, dict) or "drift" not in points:
+                continue
+            for way in ("static 1", "static 2", "static 3", "confadapt 0.95", "confadapt 0.9", "confadapt 0.6",
+                        "lossless", "lossless, quadratic"):  # fmt: skip
+                cells = [
+                    f"{p['tau']:.2f} | {p['tokens_agree']:.3f} | {p['exact']:.3f} | "
+                    + ("" if p["accuracy"] is None else f"{p['accuracy']:.3f}")
+                    for p in (points[way][n] for n in sets)
+                ]
+                lines.append(f"| {method}: {way} | {' | '.join(cells)} |")
+        accuracy = found["target"][sets[0]]["accuracy"]
+        drifts = "; ".join(
+            f"{m} {', '.join(f'{v:.4f}' for v in p['drift'].values())}"
+            for m, p in found.items()
+            if isinstance(p, dict) and "drift" in p
+        )
+        lines += ["", f"Agreement is with the untrained target's own answers (its accuracy: {accuracy:.3f}); lossless",
+                  "outputs equal the trained model's at k = 1, which gated adapters alone leave untouched. Drift, the",
+                  f"mean KL of that model from the target in nats a token ({', '.join(sets)}): {drifts}.",
+                  where(found["provenance"]), ""]  # fmt: skip
+    if "speed" in result:
+        ways = list(next(v for k, v in result["speed"].items() if k.startswith("batch")))
+        lines += ["| tokens/s (times off) | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+        for batch, found in result["speed"].items():
+            if batch.startswith("batch"):
+                cells = [f"{found[w]['tokens_per_second']:.1f} ({found[w]['times_off']:.2f})" for w in ways]
+                lines.append(f"| {batch} | {' | '.join(cells)} |")
+        lines += ["", "SmolLM2-135M, fp32, interleaved medians of 3.", where(result["speed"]["provenance"])]
+    return lines
+
+
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("demo", "README.md", "demo", demo_table),
     ("ablation", "docs/training.md", "ablation", ablation_table),
@@ -184,6 +252,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("heads", "docs/sft.md", "heads", heads_table),
     ("step", "docs/sft.md", "heads", step_table),
     ("masked", "docs/masked.md", "masked", masked_table),
+    ("selfdistill", "docs/selfdistill.md", "selfdistill", selfdistill_table),
 ]
 
 

@@ -47,6 +47,15 @@ PLANS: dict[str, dict[str, Any]] = {
     "masked": {"max_grad_norm": 0.0, "mtp_supervision": "teacher", "mtp_loss": "kl"},
     # an epsilon beside which small gradients stay small: else Adam makes whole steps of their rounding
     "joint": {"max_grad_norm": 0.5, "mtp_training_mode": "joint", "optim": "adamw_torch", "adam_epsilon": 1e-2},
+    # the whole model learns from a frozen copy of itself, which nobody shards or saves
+    "forced": {
+        "max_grad_norm": 0.5,
+        "mtp_training_mode": "joint",
+        "mtp_supervision": "student_forced",
+        "mtp_depth_weights": "rows",
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-2,
+    },
 }
 # foretell.trl's trainer, with the heads of the page's two distributed examples
 SFT_PLANS: dict[str, dict[str, Any]] = {
@@ -56,7 +65,8 @@ SFT_PLANS: dict[str, dict[str, Any]] = {
 ALL_PLANS = {**PLANS, **SFT_PLANS}
 FROZEN = ("standalone", "masked")  # the target does not learn
 MODULES: dict[str, dict[str, Any]] = {
-    "masked": {"method": "masked", "depth": 2, "chunk_size": 8, "lora_rank": 4, "mask_tokens": "distinct"}
+    "masked": {"method": "masked", "depth": 2, "chunk_size": 8, "lora_rank": 4, "mask_tokens": "distinct"},
+    "forced": {"method": "masked", "depth": 2, "lora_rank": 0, "sampler": False},
 }
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
@@ -144,7 +154,7 @@ def worker(folder: Path) -> None:
     allow_fsdp_on_a_cpu()
     # DDP first: FSDP arguments leave marks in the environment
     jobs: list[tuple[str, str, dict, str | None]] = [("ddp", plan, {}, None) for plan in ALL_PLANS]
-    jobs += [("fsdp", plan, FSDP, None) for plan in (*FROZEN, *SFT_PLANS)]
+    jobs += [("fsdp", plan, FSDP, None) for plan in (*FROZEN, "forced", *SFT_PLANS)]
     jobs.append(("fsdp", "joint", {**FSDP, **SAVING}, None))
     jobs.append(("fsdp-resumed", "joint", FSDP, str(folder / "fsdp-joint" / "checkpoint-2")))
     for name, plan, arguments, resume in jobs:

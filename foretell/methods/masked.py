@@ -283,10 +283,10 @@ class MaskedModule(MTPModule):
     def choose(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
         """See MTPModule: labels of the tokens that carry masks in this step, by `mask_positions`."""
         where = self.config.mask_positions
-        if where == "all":
+        if isinstance(where, str) and where != REGIONS:
             return None
         labels_BTK = self.labels(batch).cpu()
-        if where == REGIONS:
+        if isinstance(where, str):
             width = self.config.region_tokens // self.config.regions
             chosen = choose_regions(labels_BTK, batch, width, self.config.k_min, generator)
             return chosen.to(batch.labels_BT.device)

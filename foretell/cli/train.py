@@ -33,6 +33,9 @@ class TrainSettings:
     from_scratch: bool = field(
         default=False, metadata={"help": "Random weights from the model's config (joint training)."}
     )
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "Student-forced: who reads the proposals, if not the model as it is now."}
+    )
     dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
 
     def problems(self) -> list[str]:
@@ -83,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     from foretell.data.vocabulary import coverage, frequent_tokens
     from foretell.mtp import get_mtp_model
     from foretell.training.regenerate import eos_ids, regenerate
-    from foretell.training.trainer import MTPTrainer
+    from foretell.training.trainer import MTPTrainer, teacher_problems
 
     rows = load_rows(settings.data)
     if settings.eval_data is not None:
@@ -93,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
         train_rows, eval_rows = rows[:-held] or rows, rows[-held:]
     model, tokenizer = load_target(settings.model, settings.dtype, settings.from_scratch)
     mtp = get_mtp_model(model, module)
+    teacher = None if settings.teacher_model is None else load_target(settings.teacher_model, settings.dtype)[0]
+    if wrong := teacher_problems(mtp, args, teacher):  # before the target answers anything
+        raise ValueError("; ".join(wrong))
     train_set: Any = train_rows
     if settings.regenerate:
         folder = Path(args.output_dir) / "answers"
@@ -110,7 +116,12 @@ def main(argv: Sequence[str]) -> int:
         mtp.module.set_draft_vocabulary(ids)
         print(f"draft vocabulary: {len(ids)} tokens cover {100 * coverage(encoded, ids):.1f} % of the answers")
     trainer = MTPTrainer(
-        model=mtp, args=args, train_dataset=train_set, eval_dataset=eval_rows, processing_class=tokenizer
+        model=mtp,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        teacher_model=teacher,
     )
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(args.output_dir) / "run.yaml").write_text(to_yaml(settings, module, args), encoding="utf-8")

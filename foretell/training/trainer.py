@@ -117,7 +117,12 @@ class MTPTrainingArguments(TrainingArguments):
 
 
 class MTPTrainer(Trainer):
-    """Trains an MTPModel. Rows in TRL's forms need processing_class (the tokenizer); ready input_ids do not."""
+    """Trains an MTPModel. Rows in TRL's forms need processing_class (the tokenizer); ready input_ids do not.
+
+    teacher_model: who reads the proposals of student_forced; by default the target, and where the whole target learns a
+    frozen copy of it as it is when the trainer is made. To go on with a model that is trained already, give the
+    original.
+    """
 
     def __init__(
         self,
@@ -126,11 +131,12 @@ class MTPTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        teacher_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, MTPModel):
             raise ValueError(f"model: got {type(model).__name__}, wanted an MTPModel (foretell.get_mtp_model).")
-        problems = args.problems()
+        problems = args.problems() + teacher_problems(model, args, teacher_model)
         if args.gradient_checkpointing and model.module.lays_masks:
             problems.append("gradient_checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly.")
         if problems:
@@ -154,8 +160,10 @@ class MTPTrainer(Trainer):
         )
         if model.module.lays_masks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             model.module.whole = True
-        if args.trains_target and rereads(args.mtp_supervision):
-            model.module.teacher = Target(copy.deepcopy(model.model).eval().requires_grad_(False))
+        if teacher_model is None and args.trains_target and rereads(args.mtp_supervision):
+            teacher_model = copy.deepcopy(model.model)  # as it is now: a resumed run starts from the same one
+        if teacher_model is not None:
+            model.module.teacher = Target(teacher_model.to(model.device).eval().requires_grad_(False))
         self.loss_is_scaled_for_ga = True  # objective() divides by counts of the whole accumulated step
         self.can_return_loss = True
         self._logged: dict[str, list[Tensor]] = {}
@@ -404,6 +412,23 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, json.JSONDecodeError):
             warnings.warn(f"{folder} was not written to its end and is passed over.", stacklevel=2)
     return None
+
+
+def teacher_problems(model: MTPModel, args: MTPTrainingArguments, teacher_model: nn.Module | None) -> list[str]:
+    """What is wrong with a teacher that was given, in plain sentences."""
+    if teacher_model is None:
+        return []
+    found, wanted = Target(teacher_model).vocab_size, model.target.vocab_size
+    if not rereads(args.mtp_supervision):
+        return [f"teacher_model: mtp_supervision={args.mtp_supervision} asks none; use student_forced or leave it out."]
+    if model.module.lays_masks and not model.module.text_learns(args.mtp_training_mode == "joint"):
+        return ["teacher_model: behind gated adapters the text is the target's, who is its teacher; leave it out."]
+    if found != wanted:
+        return [
+            f"teacher_model: got a vocabulary of {found} tokens, the student has {wanted}: proposals mean nothing to "
+            "it. Give the model that the student was made from."
+        ]
+    return []
 
 
 def _pad_token(tokenizer: Any, model: MTPModel) -> int:

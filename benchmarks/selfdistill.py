@@ -188,7 +188,28 @@ def arms(settings: SelfDistillSettings) -> dict[str, Any]:
                 runs.append({**about, **decoded(mtp, prompts, **how)})
             found[name][arm] = spread(runs)
             say(f"{name}, {arm}", found[name][arm])
+    draw_arms(found, Path("docs/selfdistill_arms.svg"))
     return found
+
+
+def draw_arms(found: dict[str, Any], path: Path) -> None:
+    """accept_given by depth with error bars over seeds, a panel for each setting, a line for each arm."""
+    from matplotlib import pyplot
+
+    names = [name for name, by_arm in found.items() if isinstance(by_arm, dict) and "labels" in by_arm]
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(4.5 * len(names), 3.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, name in zip(panels[0], names, strict=True):
+        for i, (arm, one) in enumerate(found[name].items()):
+            depths = [k + 0.06 * (i - 1.5) for k in range(1, len(one["accept_given"]) + 1)]
+            label = f"{arm}, tau {one['tau']:.2f}"
+            axes.errorbar(depths, one["accept_given"], one["accept_given_sd"], marker="o", capsize=3, label=label)
+        axes.set(xlabel="k", title=name, xticks=range(1, len(one["accept_given"]) + 1))
+        axes.legend(fontsize=7)
+    panels[0][0].set_ylabel("accept_given[k]")
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def say(name: str, one: dict[str, Any]) -> None:

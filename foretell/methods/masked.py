@@ -122,6 +122,8 @@ class MaskedConfig(MTPConfig):
 
     def _take_k(self) -> None:
         standard = type(self).__dataclass_fields__["depth"].default
+        if None not in (self.fixed_k, self.k_max) and self.fixed_k != self.k_max:
+            raise ValueError(f"fixed_k={self.fixed_k} and k_max={self.k_max} disagree: give one.")
         for name in ("fixed_k", "k_max"):
             k = getattr(self, name)
             if k is not None:

@@ -93,7 +93,8 @@ def choose_regions(labels_BTK: Tensor, batch: Batch, width: int, k_min: int, gen
     end_BT = ends_of(document_BT)
     last_BT = batch.labels_BT.cpu().gather(1, end_BT)
     column_BT = torch.arange(labels_BTK.shape[1]).expand_as(end_BT)
-    carries_BT &= column_BT < end_BT  # something follows in the text
+    ended_BT = (position_BT >= text) & (column_BT - text + k >= end_BT)  # the region before has predicted the end
+    carries_BT &= (column_BT < end_BT) & ~ended_BT  # and something follows in the text
     step_K = torch.arange(1, K + 1)
     behind_BTK = column_BT[..., None] + 1 + step_K > end_BT[..., None]
     filled_BTK = torch.where(behind_BTK, last_BT[..., None], labels_BTK)

@@ -249,13 +249,14 @@ class MTPTrainer(Trainer):
                 to_batch(inputs), mtp.mtp_config.depth, self._draft_ids(), mtp.target.vocab_size, self._anchored()
             )
         weighing: dict[str, Any] = {"weights": args.mtp_depth_weights, "beta": args.mtp_depth_beta}
-        anchored = self._anchored() if training else False
         losses = model(
-            mtp_training_mode=args.mtp_training_mode if training else "disabled",
+            mtp_training_mode=args.mtp_training_mode,
             mtp_supervision=args.mtp_supervision,
             mtp_loss=args.mtp_loss,
             train_target=args.trains_target,
-            mtp_coefficients=coefficients(num_items_in_batch, scale=args.mtp_scale, anchored=anchored, **weighing),
+            mtp_coefficients=coefficients(
+                num_items_in_batch, scale=args.mtp_scale, anchored=self._anchored(), **weighing
+            ),
             **inputs,
         )
         loss, parts = objective(losses, num_items_in_batch, scale=args.mtp_scale, **weighing)

@@ -20,6 +20,8 @@ from foretell.decoding.compose import Composed
 from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
 from foretell.decoding.lookup import PromptLookup
 from foretell.decoding.loop import Decoder
+from foretell.decoding.policies import SPANS
+from foretell.decoding.spans import SpanDecoder, SpanLength, span_drafts, threshold_of
 from foretell.decoding.trees import Tree, check_tree
 from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
@@ -219,6 +221,7 @@ class MTPModel(nn.Module):
         *,
         num_draft_tokens: int | str | None = None,
         policy: str = "lossless",
+        confidence_threshold: float | None = None,
         drafter: str | Drafter | Sequence[Drafter] = "mtp",
         draft_sample_method: str = "greedy",
         draft_tree: Sequence[Sequence[int]] | None = None,
@@ -233,7 +236,9 @@ class MTPModel(nn.Module):
 
         num_draft_tokens: drafts a verification; the module's depth if None, 0 is drafting off, "auto" adapts to the
             machine's cost curve and to what gets accepted.
-        policy: "lossless" (greedy: the target's own output; sampling: its distribution) or a lossy one.
+        policy: "lossless" (greedy: the target's own output; sampling: its distribution) or a lossy one. Under
+            "static_k" and "confadapt" num_draft_tokens is the span k, the target's own token included; every forward
+            commits k tokens, or the leading ones of at least confidence_threshold (0.9 if None), unverified.
         drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects.
         draft_sample_method: "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module).
         draft_tree: for parallel heads, which guesses are verified together (foretell.cartesian_tree, calibrated_tree);
@@ -250,6 +255,7 @@ class MTPModel(nn.Module):
             self,
             num_draft_tokens=num_draft_tokens,
             policy=policy,
+            confidence_threshold=confidence_threshold,
             drafter=drafter,
             draft_sample_method=draft_sample_method,
             draft_tree=draft_tree,
@@ -289,22 +295,34 @@ class MTPModel(nn.Module):
         return self._curve
 
     def adaptive(
-        self, drafter: Any, do_sample: bool, layout: str | None = None, length: int | str = "auto"
+        self,
+        drafter: Any,
+        do_sample: bool,
+        layout: str | None = None,
+        length: int | str = "auto",
+        policy: str = "lossless",
+        threshold: float | None = None,
     ) -> AdaptiveLength:
         """Who decides lengths for num_draft_tokens="auto", and with a fixed length only the layout of masks; for
         drafters given by name, kept between calls.
         """
-        made = AdaptiveLength(self.cost_curve(), LONGEST_AUTO)
-        if isinstance(length, int):
-            made = FixedLength(self.cost_curve(), length)
-        return (
-            self._adaptive.setdefault((drafter, do_sample, layout, length), made) if isinstance(drafter, str) else made
-        )
+        curve, key = self.cost_curve(), (drafter, do_sample, layout, length, policy, threshold)
+        made = FixedLength(curve, length) if isinstance(length, int) else AdaptiveLength(curve, LONGEST_AUTO)
+        if policy in SPANS:
+            longest = min(_looks_ahead(self), LONGEST_AUTO)
+            made = SpanLength(curve, longest, certain=policy == "static_k", masks=self.module.lays_masks)
+        return self._adaptive.setdefault(key, made) if isinstance(drafter, str) else made
 
-    def decoder(self, drafter: Drafter | None) -> Decoder:
-        """The decoder, its caches kept between calls."""
-        if self._decoder is None:
-            self._decoder = Decoder(self.target)
+    @property
+    def reference(self) -> str:
+        """Whose output "lossless" speaks of: a module may have changed the target itself."""
+        return getattr(self.module, "reference", "the target")
+
+    def decoder(self, drafter: Drafter | None, policy: str = "lossless") -> Decoder:
+        """The decoder of a policy, its caches kept between calls."""
+        kind = SpanDecoder if policy in SPANS else Decoder
+        if type(self._decoder) is not kind:
+            self._decoder = kind(self.target)
         self._decoder.drafter = drafter
         self._decoder.watchers = [drafter] if drafter is not None else []
         return self._decoder
@@ -373,11 +391,17 @@ def _default_length(mtp: MTPModel, layout: str | None) -> int:
     return mtp.mtp_config.depth + two_passes
 
 
+def _looks_ahead(mtp: MTPModel) -> int:
+    """Tokens beyond the target's own that the module can say in one round."""
+    return mtp.mtp_config.depth if mtp.module.lays_masks else getattr(mtp.drafter(), "longest", mtp.mtp_config.depth)
+
+
 def custom_generate(
     mtp: MTPModel,
     *,
     num_draft_tokens: int | str | None = None,
     policy: str = "lossless",
+    confidence_threshold: float | None = None,
     drafter: str | Drafter | Sequence[Drafter] = "mtp",
     draft_sample_method: str = "greedy",
     draft_tree: Sequence[Sequence[int]] | None = None,
@@ -390,10 +414,15 @@ def custom_generate(
 
     The arguments are those of MTPModel.generate.
     """
+    threshold = threshold_of(policy, confidence_threshold)
+    if policy in SPANS:
+        drawn = None if draft_sample_method == "greedy" else draft_sample_method
+        how = {"draft_tree": draft_tree, "draft_layout": draft_layout, "draft_sample_method": drawn}
+        num_draft_tokens = span_drafts(policy, num_draft_tokens, _looks_ahead(mtp), drafter, **how)
     length = _default_length(mtp, draft_layout) if num_draft_tokens is None else num_draft_tokens
     if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
         raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
-    layout = _layout_of(mtp, draft_layout, drafter, length)
+    layout = None if policy in SPANS else _layout_of(mtp, draft_layout, drafter, length)
     longest = None
     if drafter == "mtp" and length != "auto" and length:
         longest = _default_length(mtp, layout) if layout else getattr(mtp.drafter(), "longest", None)
@@ -434,15 +463,17 @@ def custom_generate(
         chosen = None if length == 0 else _drafter_of(mtp, drafter, sample, tree, layout, masks)
         adaptive = None
         if length == "auto" or (layout == "auto" and length):
-            adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample), layout, length)
+            adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample), layout, length, policy, threshold)
         return generate_rows(
-            mtp.decoder(chosen),
+            mtp.decoder(chosen, policy),
             input_ids.to(mtp.device),
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
             num_draft_tokens=length,
             policy=policy,
+            confidence_threshold=threshold,
+            reference=mtp.reference,
             generator=generator,
             streamer=streamer if streamer is not None else callers_streamer(),
             synced_gpus=synced_gpus,

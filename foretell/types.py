@@ -100,7 +100,7 @@ class SequenceState:
     prompt_length: int
     index: int  # row of the caller's batch
     slot: int = -1  # row of the caches
-    cached: int = 0  # tokens whose keys and values are in the cache: len(tokens) - 1 between rounds
+    cached: int = 0  # tokens whose keys and values are cached: all but the last between rounds, or but the last span
     left_padding: int = 0  # padding tokens that stood before the prompt; logits processors of transformers see them
     pad_token_id: int = 0
     record: list[Verification] = field(default_factory=list)

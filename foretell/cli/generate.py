@@ -25,14 +25,23 @@ class GenerateSettings:
         default=True, metadata={"help": "Put the prompt into the tokenizer's chat template, if it has one."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    num_draft_tokens: str = field(default="auto", metadata={"help": "Drafts a verification, 0 for none, or auto."})
+    num_draft_tokens: str = field(
+        default="auto",
+        metadata={"help": "Drafts a verification, 0 for none, or auto; of static_k and confadapt the span k."},
+    )
     drafter: str | None = field(
-        default=None, metadata={"help": "mtp, lookup, or mtp+lookup (the default with a module)."}
+        default=None,
+        metadata={"help": "mtp, lookup, or mtp+lookup (the default with a module; mtp with static_k and confadapt)."},
     )
     draft_layout: str | None = field(
         default=None, metadata={"help": "Of mask tokens: linear, quadratic, auto or two_pass."}
     )
-    policy: str = field(default="lossless", metadata={"help": "lossless, or a lossy one by name."})
+    policy: str = field(
+        default="lossless", metadata={"help": "lossless, or a lossy one by name: typical, static_k, confadapt."}
+    )
+    confidence_threshold: float | None = field(
+        default=None, metadata={"help": "Of confadapt: tokens less sure than this are not committed; 0.9 if not given."}
+    )
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy decoding."})
     temperature: float = field(default=1.0, metadata={"help": "For sampling."})
     top_k: int | None = field(default=None, metadata={"help": "For sampling."})
@@ -64,15 +73,18 @@ def main(argv: Sequence[str]) -> int:
     import torch
     from transformers import TextStreamer
 
-    from foretell.decoding.policies import LOSSY, check_policy
+    from foretell.decoding.policies import LOSSY, SPANS, check_policy
     from foretell.methods.sequential import SequentialConfig
     from foretell.mtp import MTPModel, get_mtp_model
 
     check_policy(settings.policy)
     model, tokenizer = load_target(settings.model, settings.dtype)
     if settings.module is not None:
-        mtp, drafter = MTPModel.from_pretrained(model, settings.module), settings.drafter or "mtp+lookup"
+        usual = "mtp" if settings.policy in SPANS else "mtp+lookup"
+        mtp, drafter = MTPModel.from_pretrained(model, settings.module), settings.drafter or usual
     else:
+        if settings.policy in SPANS:
+            raise ValueError(f"policy: got {settings.policy!r}, which needs a trained module: --module FOLDER.")
         mtp, drafter = get_mtp_model(model, SequentialConfig(depth=1)), settings.drafter or "lookup"
         if "mtp" in drafter:
             raise ValueError(f"drafter: got {drafter!r}, which needs a trained module: --module FOLDER.")
@@ -98,6 +110,7 @@ def main(argv: Sequence[str]) -> int:
         drafter=drafter,
         draft_layout=settings.draft_layout,
         policy=settings.policy,
+        confidence_threshold=settings.confidence_threshold,
         do_sample=settings.do_sample,
         repetition_penalty=settings.repetition_penalty,
         stop_strings=settings.stop_strings,
@@ -109,6 +122,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if settings.policy in LOSSY:
         print(f"[lossy: policy {settings.policy}; this is not the target's own distribution]", file=sys.stderr)
+    if out.stats.reference != "the target":
+        print(f"[the target here: {out.stats.reference}]", file=sys.stderr)
     if settings.stats:
         print(json.dumps(out.stats.summary(), indent=2), file=sys.stderr)
     return 0

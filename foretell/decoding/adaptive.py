@@ -35,7 +35,7 @@ class CostCurve:
         # other work on the machine only ever adds: what more rows took, fewer rows could have taken
         self.seconds = [min(seconds[more] for more in self.rows[i:]) for i in range(len(self.rows))]
 
-    def __call__(self, rows: int) -> float:
+    def __call__(self, rows: float) -> float:
         if rows <= self.rows[0]:
             return self.seconds[0]
         for (r0, s0), (r1, s1) in zip(
@@ -106,7 +106,7 @@ class AdaptiveLength:
         self.plain = self.curve.measured and plain < wanted
         return [0 if self.plain else self.longest] * batch
 
-    def cost(self, rows: int) -> float:
+    def cost(self, rows: float) -> float:
         """Seconds of a forward over so many rows of all sequences together: the curve, corrected by what the clock says
         of rounds with drafts and of plain ones.
         """
@@ -259,12 +259,8 @@ class AdaptiveLength:
         emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round. seconds: of the
         whole round, by the clock.
         """
-        if seconds is not None and self.curve.measured:
-            expected = self.curve(rows) + sum(spent for spent, _ in names.values())
-            kind = (len(emitted).bit_length(), rows == len(emitted))
-            ratio, times = self._clock[kind]
-            weight = max(0.2, 1 / (times + 1))
-            self._clock[kind] = ((1 - weight) * ratio + weight * seconds / expected, times + 1)
+        if seconds is not None:
+            self._correct(rows, len(emitted), sum(spent for spent, _ in names.values()), seconds)
         for draft, tokens in zip(drafts, emitted, strict=True):
             accepted: set[int] = set()
             depth: list[int] = []
@@ -289,6 +285,14 @@ class AdaptiveLength:
                 self._step_seconds[name] = seconds / steps if old == 0.0 else 0.9 * old + 0.1 * seconds / steps
         spent = self.cost(rows) + sum(seconds for seconds, _ in names.values())
         self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / spent
+
+    def _correct(self, rows: int, batch: int, drafting: float, seconds: float) -> None:
+        """What the clock says of a round, beside what the curve does."""
+        if self.curve.measured:
+            expected, kind = self.curve(rows) + drafting, (batch.bit_length(), rows == batch)
+            ratio, times = self._clock[kind]
+            weight = max(0.2, 1 / (times + 1))
+            self._clock[kind] = ((1 - weight) * ratio + weight * seconds / expected, times + 1)
 
 
 def subset(draft: Draft, keep: Sequence[int]) -> Draft:

@@ -48,6 +48,8 @@ class Decoder:
         max_tokens: int,
         num_draft_tokens: int | AdaptiveLength = 0,
         policy: str = "lossless",
+        confidence_threshold: float | None = None,
+        reference: str = "the target",
         slots: int = 64,
         generator: torch.Generator | None = None,
         emit: Callable[[SequenceState, list[int]], None] | None = None,
@@ -56,14 +58,17 @@ class Decoder:
     ) -> GenerationStats:
         """Extend each sequence until finished(sequence) is true; it is asked after every single token.
 
-        max_tokens: longest that a sequence gets, prompt included. slots: how many are decoded at once. emit: told of
-        each round's new tokens. leave: told of each sequence as it ends (its slot is still whole then).
+        max_tokens: longest that a sequence gets, prompt included. confidence_threshold: of policy "confadapt".
+        reference: whose output is the target's here. slots: how many are decoded at once. emit: told of each round's
+        new tokens. leave: told of each sequence as it ends (its slot is still whole then).
         stop_admitting: once true, sequences still waiting are left as they are.
         """
         self.scores, self.finished, self.policy, self.generator = scores, finished, policy, generator
         self.adaptive = num_draft_tokens if isinstance(num_draft_tokens, AdaptiveLength) else None
         self.length = num_draft_tokens if isinstance(num_draft_tokens, int) else 0
+        self.threshold = confidence_threshold
         self.stats = GenerationStats.of(policy, policy not in LOSSY, sequences)
+        self.stats.confidence_threshold, self.stats.reference = confidence_threshold, reference
         self.stats.seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
         self.target.refresh()
         longest = self.adaptive.longest if self.adaptive else self.length
@@ -97,42 +102,14 @@ class Decoder:
         room = self.cache.capacity - max(s.cached for s in active) - 1 - getattr(self.drafter, "extra_rows", 0)
         drafts = [subset(d, range(min(len(d), room))) for d in self._drafts()]
         drafted = time.perf_counter()
-        # 1. one row for each sequence's last token, then one a draft, then masks below them; a chain needs no parents
+        # 1. one target forward
         masks, carriers = self._masks_below(drafts)
-        R = 1 + max(len(d) for d in drafts)
-        ids = [[s.tokens[-1], *d.tokens, *[0] * (R - 1 - len(d))] for s, d in zip(active, drafts, strict=True)]
-        chains = all(p == i - 1 for d in drafts for i, p in enumerate(d.parents))
-        parents_BR, valid_rows_B, position_ids_BR, steps_BR, blocks = None, None, None, None, None
-        lengths_B = self._tensor([s.cached for s in active])
-        if min(len(d) for d in drafts) < R - 1 or not chains:
-            valid_rows_B = self._tensor([1 + len(d) for d in drafts])
-        if not chains or masks:
-            parents = [[-1, *[p + 1 for p in d.parents], *[-2] * (R - 1 - len(d))] for d in drafts]
-            if masks:
-                blocks, steps = lay_masks(parents, ids, masks, carriers)
-                steps_BR, R, valid_rows_B = self._tensor(steps), len(parents[0]), None
-            parents_BR = self._tensor(parents)
-            position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
-        # 2. one target forward
-        rows = self.target.forward_rows(
-            self._tensor(ids),
-            lengths_B,
-            self.cache,
-            position_ids_BR=position_ids_BR,
-            parents_BR=parents_BR,
-            valid_rows_B=valid_rows_B,
-            visible=max(s.cached for s in active) + R,
-            full=R == 1 and len({s.cached for s in active}) == 1,
-            steps_BR=steps_BR,
-        )
-        rows.blocks = blocks
-        # 3. verify
+        rows, R = self._read([s.tokens[-1] for s in active], drafts, masks, carriers)
+        # 2. verify
         logits_BRV = self.target.logits(rows.post_norm_BRD[:, : 1 + max(len(d) for d in drafts)], view=True)
         verdicts = self._verdicts(active, drafts, logits_BRV)
-        self.stats.target_forwards += 1
         self.stats.verifications += 1
-        self.stats.target_rows += len(active) * R
-        # 4. keep the last token's row and the accepted path; what was refused will be written over
+        # 3. keep the last token's row and the accepted path; what was refused will be written over
         kept = [[0, *[i + 1 for i in verdict.path]] for verdict in verdicts]
         self.cache.keep([s.slot for s in active], [s.cached for s in active], kept)
         emitted = []
@@ -148,6 +125,43 @@ class Decoder:
             spent = time.perf_counter() - start
             self.adaptive.learn(self._proposed, told, self._drafting, len(active) * R, spent)
         return emitted
+
+    def _read(
+        self, first: list[int], below: list[Draft], masks: int, carriers: list[list[int]]
+    ) -> tuple[TargetRows, int]:
+        """(the states, R) of one target forward on top of the cache: a row for each sequence's token `first`, one for
+        each token of the tree `below` it, then masks below the rows that carry them.
+        """
+        active = self.active
+        R = 1 + max(len(d) for d in below)
+        ids = [[token, *d.tokens, *[0] * (R - 1 - len(d))] for token, d in zip(first, below, strict=True)]
+        chains = all(p == i - 1 for d in below for i, p in enumerate(d.parents))
+        parents_BR, valid_rows_B, position_ids_BR, steps_BR, blocks = None, None, None, None, None
+        lengths_B = self._tensor([s.cached for s in active])
+        if min(len(d) for d in below) < R - 1 or not chains:
+            valid_rows_B = self._tensor([1 + len(d) for d in below])
+        if not chains or masks:  # chains need no parents
+            parents = [[-1, *[p + 1 for p in d.parents], *[-2] * (R - 1 - len(d))] for d in below]
+            if masks:
+                blocks, steps = lay_masks(parents, ids, masks, carriers)
+                steps_BR, R, valid_rows_B = self._tensor(steps), len(parents[0]), None
+            parents_BR = self._tensor(parents)
+            position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
+        rows = self.target.forward_rows(
+            self._tensor(ids),
+            lengths_B,
+            self.cache,
+            position_ids_BR=position_ids_BR,
+            parents_BR=parents_BR,
+            valid_rows_B=valid_rows_B,
+            visible=max(s.cached for s in active) + R,
+            full=R == 1 and len({s.cached for s in active}) == 1,
+            steps_BR=steps_BR,
+        )
+        rows.blocks = blocks
+        self.stats.target_forwards += 1
+        self.stats.target_rows += len(active) * R
+        return rows, R
 
     def _masks_below(self, drafts: list[Draft]) -> tuple[int, list[list[int]]]:
         """(K, of each sequence the rows that carry K masks): some drafters read masks in the verifying forward."""
@@ -182,18 +196,21 @@ class Decoder:
         """Append the accepted tokens and the target's own, one by one, up to the first that ends the sequence."""
         new = [(draft.tokens[i], draft.sources[i] if draft.sources else "draft") for i in verdict.path]
         new.append((verdict.token, "target"))
-        count = 0
-        for token, _ in new:
-            sequence.tokens.append(token)
-            count += 1
-            if self.finished(sequence):
-                break
+        count = self._append(sequence, [token for token, _ in new])
         depths = _depths([-1, *[p + 1 for p in draft.parents]])
         sequence.record.append(
             Verification(len(draft), max(depths), min(count, len(verdict.path)), count, [s for _, s in new[:count]])
         )
-        sequence.done = count < len(new) or self.finished(sequence)
         return [t for t, _ in new[:count]]
+
+    def _append(self, sequence: SequenceState, tokens: list[int]) -> int:
+        """Append tokens one by one, up to the first that ends the sequence; how many there were."""
+        for count, token in enumerate(tokens, start=1):
+            sequence.tokens.append(token)
+            if self.finished(sequence):
+                sequence.done = True
+                return count
+        return len(tokens)
 
     def _admit(self, new: list[SequenceState]) -> None:
         """Give waiting sequences the free slots and read all of their prompts but the last token."""

@@ -10,8 +10,11 @@ from torch import Tensor
 POLICIES = {
     "lossless": "greedy match, or rejection sampling: the output is the target's own, or follows its distribution",
     "typical": "Medusa's typical acceptance: keeps drafts that the target finds likely enough",
+    "static_k": "spans of k tokens a forward, nothing verified",
+    "confadapt": "of each span the leading tokens that the module is sure enough of, nothing verified",
 }
-LOSSY = frozenset({"typical"})  # every output made with these says so
+LOSSY = frozenset({"typical", "static_k", "confadapt"})  # every output made with these says so
+SPANS = frozenset({"static_k", "confadapt"})  # these commit without verifying (decoding/spans.py)
 
 # Medusa's defaults (github.com/FasterDecoding/Medusa, medusa_model.py: posterior_threshold, posterior_alpha)
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3

@@ -14,7 +14,7 @@ class GenerationStats:
 
     tau counts the target's own token and is cut at EOS; mean_accepted does not count it. accept_at[k-1] is the share
     of verifications with a draft of depth >= k that accepted k drafts; accept_given[k-1] the share of those that had
-    accepted k - 1.
+    accepted k - 1. Where spans are committed unverified, accepted means committed beyond the first token.
     """
 
     policy: str
@@ -22,9 +22,11 @@ class GenerationStats:
     records: list[list[Verification]]
     target_forwards: int = 0  # prefill and verification
     target_rows: int = 0  # rows of all of them, padding included
-    verifications: int = 0  # target forwards that verified, each for a whole batch
+    verifications: int = 0  # target forwards that verified or committed, each for a whole batch
     draft_forwards: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # prefill, draft, verify
+    confidence_threshold: float | None = None  # of policy "confadapt"
+    reference: str = "the target"  # whose output `lossless` speaks of
 
     @classmethod
     def of(cls, policy: str, lossless: bool, sequences: Sequence[SequenceState]) -> GenerationStats:
@@ -88,6 +90,8 @@ class GenerationStats:
         return {
             "policy": self.policy,
             "lossless": self.lossless,
+            "reference": self.reference,
+            "confidence_threshold": self.confidence_threshold,
             "tau": self.tau,
             "mean_accepted": self.mean_accepted,
             "accept_at": self.accept_at,

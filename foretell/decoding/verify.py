@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foretell.decoding.policies import check_policy, typical_thresholds
+from foretell.decoding.policies import SPANS, check_policy, typical_thresholds
 from foretell.ops.sampling import draw, to_probs
 from foretell.types import Draft, Verdict
 
@@ -61,9 +61,11 @@ def verify(
         policy: see policies.py.
 
     Raises:
-        ValueError: unknown policy, or scores and draft of different lengths.
+        ValueError: unknown policy, one that verifies nothing, or scores and draft of different lengths.
     """
     check_policy(policy)
+    if policy in SPANS:
+        raise ValueError(f"policy {policy!r} commits spans unverified: decode with spans.SpanDecoder.")
     if scores_RV.dim() != 2 or len(scores_RV) != 1 + len(draft):
         raise ValueError(
             f"got scores of shape {tuple(scores_RV.shape)} for {len(draft)} drafts, wanted [{1 + len(draft)}, V]: "

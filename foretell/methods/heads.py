@@ -286,8 +286,13 @@ class HeadsDrafter:
                 self._done[s.slot] = s.cached
         if self._head is not None:
             return self.target.scaled(self._head(torch.stack(states, dim=1)))
+        states = [state_BD.to(self._dtype(state_BD)) for state_BD in states]
         outputs = [head.output(state_BD) for head, state_BD in zip(self._view.heads, states, strict=False)]
         return self.target.scaled(torch.stack(outputs, dim=1))
+
+    def _dtype(self, states: Tensor) -> torch.dtype:
+        """In which the heads compute: what learns is fp32, whatever the target is."""
+        return next(self.module.parameters(), states).dtype
 
     def _newest(self, head: MTPHead, cache: SlotCache, sequences: Sequence[SequenceState], new: list[int]) -> Tensor:
         """[B, D]: the head's body over the newest new[b] states of each sequence, its last row."""
@@ -309,7 +314,7 @@ class HeadsDrafter:
                 self._masks.begin(lengths_B, visible, R, full=R == 1 and len(group) == 1)
                 if hasattr(head.body, "layer_type"):
                     places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type)
-            dtype = next(head.parameters(), hidden_BRD).dtype
+            dtype = self._dtype(hidden_BRD)
             own_cache = cache if head.body.reach is None else None
             state_BRD = head.body(hidden_BRD.to(dtype), positions_BR, places, own_cache)
             out.append(state_BRD[:, -1].to(hidden_BRD.dtype))

@@ -217,8 +217,7 @@ class SequentialDrafter(ChainDrafter):
         ids, at = [], []
         for b, sequence in enumerate(sequences):
             start, known, n = done[sequence.slot], sequence.tokens, sequence.cached
-            row_ids = known[start + k : start + k + counts[b]]
-            row_ids = row_ids + drafts[b].tokens[: counts[b] - len(row_ids)]  # the newest rows read drafts
+            row_ids = (known + drafts[b].tokens)[start + k : start + k + counts[b]]  # the newest rows read drafts
             ids.append(row_ids + [0] * (R - counts[b]))
             first = sequence.slot * C + start
             at.append(list(range(first, first + counts[b])) + [self.slots * C] * (R - counts[b]))

@@ -316,6 +316,9 @@ class MTPModel(nn.Module):
     @property
     def reference(self) -> str:
         """Whose output "lossless" speaks of: a module may have changed the target itself."""
+        how = self.notes.get("training") or {}
+        if how.get("mtp_training_mode") == "joint" and str(how.get("mtp_supervision")).startswith("student_forced"):
+            return "the trained student at k = 1, not the model it was trained from"
         return getattr(self.module, "reference", "the target")
 
     def decoder(self, drafter: Drafter | None, policy: str = "lossless") -> Decoder:

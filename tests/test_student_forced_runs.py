@@ -351,6 +351,19 @@ def test_a_lossless_output_says_whose_it_is(settings, words):
     assert mtp.module.reference == mtp.reference == stats.reference == words
 
 
+def test_a_whole_model_that_was_trained_speaks_for_itself(tmp_path):
+    settings, mode = KINDS["whole"]
+    mtp = make(**settings)
+    assert mtp.reference == "the target"
+    trainer = trainer_of(mtp, tmp_path, LONG_ROWS, max_steps=1, mtp_training_mode=mode, mtp_supervision=HARD)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    student = type(mtp.model).from_pretrained(tmp_path / "saved")
+    loaded = MTPModel.from_pretrained(student, tmp_path / "saved")
+    stats = run(loaded, BATCHES["one"][0], num_draft_tokens=2).stats
+    assert stats.reference == "the trained student at k = 1, not the model it was trained from" and stats.lossless
+
+
 # -- presets -----------------------------------------------------------------------------------------------------------
 
 

@@ -267,7 +267,7 @@ def curve(settings: SelfDistillSettings) -> dict[str, Any]:
         module, training = METHODS[method]
         joint = training.get("mtp_training_mode") == "joint"
         own = copy.deepcopy(model) if joint else model  # a joint run changes its target
-        rate = {"learning_rate": 3e-4, "mtp_loss_scaling_factor": 1.0, "mtp_depth_weights": "rows"} if joint else {}
+        rate = {"learning_rate": 1e-4, "mtp_loss_scaling_factor": 1.0, "mtp_depth_weights": "rows"} if joint else {}
         rows = [{**row} for row in texts["data"]] if joint else texts["own"]
         mtp, about = trained(own, tokenizer, rows, settings.curve_steps, {**MASKED, **module}, {**rate, **training}, 0)
         points: dict[str, Any] = {"training": about}
@@ -370,23 +370,29 @@ def drift(original: MTPModel, mtp: MTPModel, prompts: list[list[int]], said: lis
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Agreement with the target against tokens a forward, one panel a set of prompts."""
+    """Agreement with the target, and its surprise, against tokens a forward; a column for each set of prompts."""
     from matplotlib import pyplot
 
-    names = list(found["target"])
-    figure, panels = pyplot.subplots(1, len(names), figsize=(9.5, 3.8), layout="constrained", sharey=True)
-    for axes, name in zip(panels, names, strict=True):
-        for i, method in enumerate(m for m in METHODS if m in found):
-            points = found[method]
-            for kind, marker, line in (("confadapt", "o", "-"), ("static", "s", ":"), ("lossless", "*", "")):
-                chosen = [p[name] for way, p in points.items() if way.startswith(kind)]
-                axes.plot(
-                    [p["tau"] for p in chosen], [p["tokens_agree"] for p in chosen], line, marker=marker,
-                    markersize=11 if kind == "lossless" else 4, color=f"C{i}", label=f"{method}, {kind}",
-                )  # fmt: skip
-        axes.set(xlabel="tokens a forward", title=name, ylim=(0, 1.05))
-    panels[0].set_ylabel("share of leading tokens that are the target's")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    names, looks = list(found["target"]), {
+        "tokens_agree": "share of leading tokens that are the target's", "surprise": "the target's nats a token",
+    }  # fmt: skip
+    figure, panels = pyplot.subplots(
+        len(looks), len(names), figsize=(9.5, 6.6), layout="constrained", sharey="row", sharex="col"
+    )
+    for row, (what, label) in enumerate(looks.items()):
+        for axes, name in zip(panels[row], names, strict=True):
+            for i, method in enumerate(m for m in METHODS if m in found):
+                for kind, marker, line in (("confadapt", "o", "-"), ("static", "s", ":"), ("lossless", "*", "")):
+                    chosen = [p[name] for way, p in found[method].items() if way.startswith(kind)]
+                    axes.plot(
+                        [p["tau"] for p in chosen], [p[what] for p in chosen], line, marker=marker,
+                        markersize=11 if kind == "lossless" else 4, color=f"C{i}", label=f"{method}, {kind}",
+                    )  # fmt: skip
+            axes.set(ylim=(0, None))
+            panels[0][names.index(name)].set_title(name)
+            panels[-1][names.index(name)].set_xlabel("tokens a forward")
+        panels[row][0].set_ylabel(label)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path)
     pyplot.close(figure)
 

@@ -447,7 +447,7 @@ def speed(settings: SelfDistillSettings) -> dict[str, Any]:
                 for at in range(0, len(prompts), batch):
                     inputs = left_padded(prompts[at : at + batch], mtp.device)
                     out = mtp.generate(
-                        **inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True, **how
+                        **inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True, **how
                     )
                     tokens += sum(map(sum, out.stats.emitted))
                 if repeat:

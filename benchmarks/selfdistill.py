@@ -374,7 +374,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     names, looks = list(found["target"]), {
-        "tokens_agree": "share of leading tokens that are the target's", "surprise": "the target's nats a token",
+        "tokens_agree": "leading tokens that are the target's", "surprise": "the target's nats a token",
     }  # fmt: skip
     figure, panels = pyplot.subplots(
         len(looks), len(names), figsize=(9.5, 6.6), layout="constrained", sharey="row", sharex="col"
@@ -388,10 +388,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
                         [p["tau"] for p in chosen], [p[what] for p in chosen], line, marker=marker,
                         markersize=11 if kind == "lossless" else 4, color=f"C{i}", label=f"{method}, {kind}",
                     )  # fmt: skip
-            axes.set(ylim=(0, None))
             panels[0][names.index(name)].set_title(name)
             panels[-1][names.index(name)].set_xlabel("tokens a forward")
-        panels[row][0].set_ylabel(label)
+        panels[row][0].set(ylabel=label, ylim=(0, None))  # once all is drawn, for the whole row
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path)
     pyplot.close(figure)

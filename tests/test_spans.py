@@ -652,3 +652,19 @@ def test_what_was_learned_stays_with_its_rule():
     kinds = [type(one) is SpanLength for one in mtp._adaptive.values()]
     assert len(kinds) == 4 and sum(kinds) == 3
     assert isinstance(mtp.decoder(None, "static_k"), SpanDecoder) and type(mtp.decoder(None)) is Decoder
+
+
+def test_what_was_waited_between_probes_outlives_a_call():
+    length = SpanLength(CostCurve({1: 1.0, 64: 64.0}), longest=4, certain=False, masks=True)
+
+    def probes(rounds: int) -> int:
+        length.begin()
+        found = 0
+        for _ in range(rounds):
+            K = length.span(1)
+            found += K > 0
+            length.learn_span(K, [0], 1, 1 + K, K, 0.0, 1.0)
+        return found
+
+    first, later = probes(48), [probes(48) for _ in range(4)][-1]
+    assert first >= 4 and 1 <= later <= 2, "rows are dear and nothing is ever committed"

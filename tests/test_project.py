@@ -35,6 +35,12 @@ def test_the_lock_fits_the_floors():
             assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), text
 
 
+def test_torch_gets_the_triton_that_its_cuda_build_asks_for():
+    # a CPU build asks for none, so that pip's refusal cannot be seen from here
+    asked = {"2.13.0": "3.7.1"}  # Requires-Dist of torch's wheel on PyPI; look it up where torch is renewed
+    assert PINS["triton"] == asked[PINS["torch"]]
+
+
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that make install creates")
 def test_the_environment_is_the_locks():
     from importlib.metadata import distributions

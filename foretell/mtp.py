@@ -137,7 +137,7 @@ class MTPModel(nn.Module):
             rows = self.module.read(self.target, batch, train_target, not detach)
         ntp: LossSum | None = None
         anchored = self.module.anchored(mtp_supervision, not detach)
-        if train_target or self.module.text_learns(not detach):
+        if train_target or self.module.text_learns(joint=False):
             assert rows is not None, "what learns the text has read it"
             labels_BT = prefix_labels(batch) if anchored else next_labels(batch.labels_BT, batch.document_BT)
             ntp = linear_loss(

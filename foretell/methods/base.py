@@ -171,14 +171,17 @@ class MTPModule(nn.Module):
         return torch.stack(ids[:-1], dim=-1), states
 
     @torch.no_grad()
-    def guess(self, target: Target, state_BOD: Tensor, k: int) -> Tensor:
-        """[B, O] what depth k says first."""
+    def guess(self, target: Target, states: Tensor, k: int, sample: bool = False) -> Tensor:
+        """[...] the tokens that depth k says, of states [..., D]: the likeliest or drawn ones, a chunk of rows at a
+        time.
+        """
         weight_MD, bias_M = self.unembedding(target, k, detach=True)
-        chosen_N = torch.cat(
-            [F.linear(p, weight_MD.to(p.dtype), bias_M).argmax(-1) for p in state_BOD.flatten(0, 1).split(256)]
-        )
-        chosen_BO = chosen_N.view(state_BOD.shape[:2])
-        return chosen_BO if self.draft_vocab_ids is None else self.draft_vocab_ids[chosen_BO]
+        chosen = []
+        for part_ND in states.reshape(-1, states.shape[-1]).split(256):
+            logits_NM = target.scaled(F.linear(part_ND, weight_MD.to(part_ND.dtype), bias_M))
+            chosen.append(drawn(logits_NM) if sample else logits_NM.argmax(-1))
+        ids = torch.cat(chosen).view(states.shape[:-1])
+        return ids if self.draft_vocab_ids is None else self.draft_vocab_ids[ids]
 
     def target_head(self, target: Target, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The target's output head over the draft vocabulary: weight [M, D] and bias [M] or None."""
@@ -346,10 +349,18 @@ class MTPModule(nn.Module):
 
 
 @torch.no_grad()
-def chosen_tokens(logits: Callable[[Tensor], Tensor], states_ND: Tensor, rows_N: Tensor) -> Tensor:
-    """A teacher's own next tokens at these rows of its states, each asked once."""
+def chosen_tokens(
+    logits: Callable[[Tensor], Tensor], states_ND: Tensor, rows_N: Tensor, sample: bool = False
+) -> Tensor:
+    """A model's own next tokens at these rows of its states, the likeliest or drawn ones; each row is asked once."""
     rows_U, at_N = rows_N.unique(return_inverse=True)
-    return torch.cat([logits(states_ND[part]).argmax(-1) for part in rows_U.split(256)])[at_N]
+    found = (logits(states_ND[part]) for part in rows_U.split(256))
+    return torch.cat([drawn(logits_NV) if sample else logits_NV.argmax(-1) for logits_NV in found])[at_N]
+
+
+def drawn(logits_NV: Tensor) -> Tensor:
+    """[N] a token of each row's distribution."""
+    return torch.multinomial(logits_NV.float().softmax(-1), 1)[:, 0]
 
 
 def config_class(method: str) -> type[MTPConfig]:

@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.methods.base import SOFT, LossKind, MTPConfig, MTPModule, Supervision, chosen_tokens
+from foretell.methods.base import REREADS, SOFT, LossKind, MTPConfig, MTPModule, Supervision, chosen_tokens
 from foretell.methods.masked_drafter import MaskedDrafter
 from foretell.methods.reading import CombRows, Piece, ends_of, one_pass, pieces
 from foretell.methods.streaming import streamed, summed
@@ -33,7 +32,6 @@ from foretell.methods.student_forced import (
     choose_regions,
     is_forced,
     region_problems,
-    rereads,
 )
 from foretell.models.gated_lora import ALL_LINEAR, GatedAdapters, MaskRows
 from foretell.models.sampler_head import SamplerHead
@@ -351,7 +349,7 @@ class MaskedModule(MTPModule):
         if not len(mask_ND):  # connected to every parameter all the same: other ranks wait for the gradients
             b_N, _, k_N = at = tuple(torch.zeros(1, dtype=torch.long, device=mask_ND.device) for _ in range(3))
             label_N, mask_ND = torch.full_like(b_N, IGNORE_INDEX), piece.masks_BOKD[:1, 0, 0]
-        if rereads(supervision):
+        if supervision in REREADS:
             before_N, text_ND, text_N, label_N = by_proposals(self, target, piece, at, label_N, supervision)
             right_N = label_N  # what a chain goes on from: the teacher's own words
         else:
@@ -428,12 +426,7 @@ class MaskedModule(MTPModule):
         self, target: Target, state_ND: Tensor, data_N: Tensor, at: tuple[Tensor, ...], shape: torch.Size
     ) -> Tensor:
         """bool [N]: the predictions whose predecessors in the same block are all the data's tokens."""
-        weight_MD, bias_M = self.target_head(target, detach=True)
-        guess_N = torch.cat(
-            [F.linear(part, weight_MD.to(part.dtype), bias_M).argmax(-1) for part in state_ND.split(256)]
-        )
-        if self.draft_vocab_ids is not None:
-            guess_N = self.draft_vocab_ids[guess_N]
+        guess_N = self.guess(target, state_ND, 1)  # every depth has the target's head
         wrong_BOK = torch.zeros(shape, dtype=torch.long, device=data_N.device)
         wrong_BOK[at] = (guess_N != data_N).long()
         return (wrong_BOK.cumsum(-1) == wrong_BOK)[at]

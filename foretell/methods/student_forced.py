@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foretell.methods.base import REREADS, LossKind, Supervision, chosen_tokens
@@ -37,11 +36,6 @@ REGIONS = "regions"
 def is_forced(supervision: Supervision) -> bool:
     """Whether spans learn by the rules of this paper."""
     return supervision.startswith("student_forced")
-
-
-def rereads(supervision: Supervision) -> bool:
-    """Whether the teacher reads proposals."""
-    return supervision in REREADS
 
 
 # -- where masks stand -------------------------------------------------------------------------------------------------
@@ -107,20 +101,14 @@ def choose_regions(labels_BTK: Tensor, batch: Batch, width: int, k_min: int, gen
 @torch.no_grad()
 def propose_masks(module: Any, target: Target, piece: Piece) -> Tensor:
     """[B, O, K] tokens in the masks' places: the text's own next token, then what each mask but the last says."""
-    ids = [_pick(module, target.logits(piece.owners_BOD))]
-    weight_MD, bias_M = module.target_head(target, detach=True)
-    for mask_BOD in piece.masks_BOKD.unbind(2)[:-1]:
+    sample = module.config.proposal == "sample"
+    at_N = torch.arange(piece.owner_BO.numel(), device=piece.owner_BO.device)
+    own_N = chosen_tokens(target.logits, piece.owners_BOD.flatten(0, 1), at_N, sample)
+    ids = [own_N.view(piece.owner_BO.shape)]
+    for k, mask_BOD in enumerate(piece.masks_BOKD.unbind(2)[:-1], start=1):
         state_BOD = mask_BOD if module.sampler is None else module.sampler(target.embed(ids[-1]), mask_BOD)
-        chosen_BO = _pick(module, target.scaled(F.linear(state_BOD, weight_MD.to(state_BOD.dtype), bias_M)))
-        ids.append(chosen_BO if module.draft_vocab_ids is None else module.draft_vocab_ids[chosen_BO])
+        ids.append(module.guess(target, state_BOD, k, sample))
     return torch.stack(ids, dim=-1)
-
-
-def _pick(module: Any, logits_BOV: Tensor) -> Tensor:
-    if module.config.proposal == "argmax":
-        return logits_BOV.argmax(-1)
-    probs_NV = logits_BOV.float().softmax(-1).flatten(0, 1)
-    return torch.multinomial(probs_NV, 1).view(logits_BOV.shape[:2])
 
 
 @torch.no_grad()
@@ -156,7 +144,7 @@ def anchor(
     counts_BO = (labels_BTK[..., 0].gather(1, piece.owner_BO) != IGNORE_INDEX) & piece.valid_BO
     label_N = next_labels(batch.labels_BT, batch.document_BT).gather(1, piece.owner_BO).flatten()
     what: dict[str, Any] = {"kind": "ce"}
-    if rereads(supervision):
+    if supervision in REREADS:
         assert isinstance(piece, OnePiece) and piece.taught_BTD is not None, "the teacher has read the proposals"
         at_BO1 = piece.owner_BO[..., None]
         taught_ND = piece.taught_BTD.gather(1, at_BO1.expand(-1, -1, piece.taught_BTD.shape[2])).flatten(0, 1)

@@ -30,6 +30,7 @@ from foretell.checkpoint import load_tensors
 from foretell.data.collate import to_batch
 from foretell.methods.base import (
     METHODS,
+    REREADS,
     SOFT,
     DepthWeights,
     GradientMode,
@@ -38,7 +39,6 @@ from foretell.methods.base import (
     Supervision,
     load_preset,
 )
-from foretell.methods.student_forced import rereads
 from foretell.models.mtp_heads import HeadType, InitStrategy
 from foretell.models.target import TargetRows
 from foretell.mtp import MTPModel
@@ -127,7 +127,7 @@ class SFTConfig(trl.SFTConfig):
         found = []
         if self.mtp_loss_weight < 0:
             found.append(f"mtp_loss_weight: got {self.mtp_loss_weight}, wanted at least 0")
-        if rereads(self.mtp_supervision) and self.mtp_training_mode == "joint":
+        if self.mtp_supervision in REREADS and self.mtp_training_mode == "joint":
             found.append(
                 "mtp_supervision: student_forced in joint mode needs a frozen copy of the model as its teacher, which "
                 "MTPTrainer keeps (foretell train); here train the module alone: mtp_training_mode=standalone"

@@ -24,8 +24,7 @@ from foretell.checkpoint import assign, check_settings, load_tensors
 from foretell.data.collate import MTPCollator, pack, to_batch
 from foretell.data.formats import load_rows
 from foretell.data.prompts import check_tokenizer, encode_rows
-from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision
-from foretell.methods.student_forced import rereads
+from foretell.methods.base import REREADS, SOFT, DepthWeights, GradientMode, LossKind, Supervision
 from foretell.models.target import Target
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
@@ -160,7 +159,7 @@ class MTPTrainer(Trainer):
         )
         if model.module.lays_masks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             model.module.whole = True
-        if teacher_model is None and args.trains_target and rereads(args.mtp_supervision):
+        if teacher_model is None and args.trains_target and args.mtp_supervision in REREADS:
             teacher_model = copy.deepcopy(model.model)  # as it is now: a resumed run starts from the same one
         if teacher_model is not None:
             model.module.teacher = Target(teacher_model.to(model.device).eval().requires_grad_(False))
@@ -202,8 +201,9 @@ class MTPTrainer(Trainer):
                     f"{what}: the longest of {len(out)} usable rows has {longest} tokens, a region has {shortest}: "
                     "give longer rows, or more regions or smaller region_tokens."
                 )
-            print(f"{what}: {len(out) - len(long_enough)} of {len(out)} rows are shorter than a region of {shortest} "
-                  "tokens and are skipped.", flush=True)  # fmt: skip
+            if args.process_index == 0:
+                print(f"{what}: {len(out) - len(long_enough)} of {len(out)} rows are shorter than a region of "
+                      f"{shortest} tokens and are skipped.", flush=True)  # fmt: skip
             self.too_short, out = len(out) - len(long_enough), long_enough
         return pack(out, args.max_length) if args.packing and what == "train_dataset" else out
 
@@ -420,7 +420,7 @@ def teacher_problems(model: MTPModel, args: MTPTrainingArguments, teacher_model:
     if teacher_model is None:
         return []
     found, wanted = Target(teacher_model).vocab_size, model.target.vocab_size
-    if not rereads(args.mtp_supervision):
+    if args.mtp_supervision not in REREADS:
         return [f"teacher_model: mtp_supervision={args.mtp_supervision} asks none; use student_forced or leave it out."]
     if model.module.lays_masks and not model.module.text_learns(args.mtp_training_mode == "joint"):
         return ["teacher_model: behind gated adapters the text is the target's, who is its teacher; leave it out."]

@@ -83,11 +83,14 @@ class AdaptiveLength:
         self._starts: dict[str, bool] = {}
         # seconds by the clock over seconds by the curve, and how often seen: (power of two of the batch, plain or not)
         self._clock: dict[tuple[int, bool], tuple[float, int]] = defaultdict(lambda: (1.0, 0))
+        self._wait: dict[str, int] = defaultdict(lambda: 1)
         self.begin()
 
     def begin(self) -> None:
-        """A new decoding call: nobody sits out, and the rate of tokens is not known yet."""
-        self._wait: dict[str, int] = defaultdict(lambda: 1)
+        """A new decoding call: nobody sits out, and the rate of tokens is not known yet. Half of what was waited
+        between probes stays: where drafts never pay, each probe of each short text is a loss.
+        """
+        self._wait = defaultdict(lambda: 1, {name: max(rounds // 2, 1) for name, rounds in self._wait.items()})
         self._sit_out: dict[str, int] = defaultdict(int)
         self._rate, self._batch, self._since_probe = 0.0, 1, 0
         self.plain = False  # this round is for the clock: one row a sequence, neither drafts nor masks

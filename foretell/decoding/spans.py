@@ -156,14 +156,6 @@ class SpanLength(AdaptiveLength):
         super().__init__(curve, longest)
         self.certain, self.masks = certain, masks
 
-    def begin(self) -> None:
-        """A new decoding call. Half of what was waited between probes stays: where spans never pay, each probe of each
-        short text is a loss.
-        """
-        waited = getattr(self, "_wait", {}).get("spans", 1)
-        super().begin()
-        self._wait["spans"] = max(waited // 2, 1)
-
     def span(self, batch: int) -> int:
         """K for this round; now and then a little more than pays, to learn whether that has changed."""
         self.begin_round(batch)

@@ -41,6 +41,7 @@ from foretell.runtime import provenance, write_json_atomic
 DESIGNS = ("two passes", "published")
 STEPS = ((4, 256), (4, 512), (8, 256))  # (K, tokens of the step's one text)
 PROMPT = 8  # tokens that carry no masks
+MASKED = {"method": "masked", "depth": 4, "mask_positions": 24}  # what the arms of part tau share
 LENGTHS = (4096, 16384, 65536, 131072)
 PARTS = Literal["step", "layer", "memory", "stream", "long", "tau", "confirm"]
 # what the published figures vary; each differs from `base` in one thing, but for the last two
@@ -287,22 +288,45 @@ def answers(model: nn.Module, tokenizer: Any, chats: list, count: int, folder: P
     return regenerate(mtp, rows, tokenizer, folder, max_new_tokens=96, keep_hidden=False)[0]
 
 
-def trained(model: nn.Module, store: Any, steps: int, module: dict[str, Any], training: dict[str, Any]) -> tuple:
+def trained(
+    model: nn.Module, rows: Any, steps: int, module: dict[str, Any], training: dict[str, Any], tokenizer: Any = None
+) -> tuple[MTPModel, dict[str, Any]]:
     """A module after that many steps of eight answers (or as said), and how training went."""
     from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 
-    torch.manual_seed(0)
-    mtp = get_mtp_model(model, {"method": "masked", "depth": 4, "mask_positions": 24, **module})
-    given = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, **training}
+    torch.manual_seed(training.get("seed", 0))
+    mtp = get_mtp_model(model, module)
+    given = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", **training}
     args = MTPTrainingArguments(
-        output_dir="runs/masked/tau", max_steps=steps, lr_scheduler_type="cosine", warmup_steps=steps // 10,
-        save_strategy="no", report_to="none", logging_steps=10, adam_beta2=0.95, weight_decay=0.0, **given,
+        output_dir="runs/masked/tau", max_steps=steps, warmup_steps=steps // 10, save_strategy="no",
+        report_to="none", logging_steps=10, adam_beta2=0.95, weight_decay=0.0, **given,
     )  # fmt: skip
-    trainer, start = MTPTrainer(model=mtp, args=args, train_dataset=store), time.perf_counter()
+    trainer = MTPTrainer(model=mtp, args=args, train_dataset=rows, processing_class=tokenizer)
+    start = time.perf_counter()
     trainer.train()
     last = next(entry for entry in reversed(trainer.state.log_history) if "mtp_loss" in entry)
-    accuracy = [last[f"accuracy_{k}"] for k in range(1, 5)]
+    accuracy = [last[f"accuracy_{k}"] for k in range(1, mtp.mtp_config.depth + 1)]
     return mtp, {"seconds": time.perf_counter() - start, "loss": last["mtp_loss"], "accuracy": accuracy}
+
+
+def smollm_answers() -> tuple[nn.Module, Any, Any, list[list[int]]]:
+    """SmolLM2, its tokenizer, its own answers to 64 prompts of the demo, and those that the demo compares on."""
+    from foretell.cli.demo import _chat, _prompts
+    from foretell.data.prompts import encode_prompt
+
+    model, tokenizer = smollm()
+    chats = [_chat(row)["messages"] for row in _prompts(0)["train"]]
+    store = answers(model, tokenizer, chats, 64, Path("runs/masked/smollm-answers"))
+    return model, tokenizer, store, [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]]
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Letters as letters and no date: a figure drawn again from the same numbers is the same file."""
+    from matplotlib import pyplot, rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "foretell"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def decoded(mtp: MTPModel, prompts: list[list[int]], tokens: int = 64) -> dict[str, Any]:
@@ -343,7 +367,7 @@ def tau(settings: MaskedSettings) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": settings.steps, "answers": len(store)}
     for name in settings.variants:
         module, training = VARIANTS[name]
-        mtp, about = trained(model, store, settings.steps, module, training)
+        mtp, about = trained(model, store, settings.steps, {**MASKED, **module}, training)
         found[name] = {**about, **decoded(mtp, prompts)}
         print(f"{name}: loss {about['loss']:.3f}  tau linear {found[name]['linear']['tau']:.3f}  quadratic "
               f"{found[name]['quadratic']['tau']:.3f}  {about['seconds']:.0f} s", flush=True)  # fmt: skip
@@ -352,18 +376,12 @@ def tau(settings: MaskedSettings) -> dict[str, Any]:
 
 def confirm(settings: MaskedSettings) -> dict[str, Any]:
     """The best two settings on SmolLM2, on its own answers."""
-    from foretell.cli.demo import _chat, _prompts
-    from foretell.data.prompts import encode_prompt
-
-    model, tokenizer = smollm()
-    chats = [_chat(row)["messages"] for row in _prompts(0)["train"]]
-    store = answers(model, tokenizer, chats, 64, Path("runs/masked/smollm-answers"))
-    prompts = [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]]
+    model, _, store, prompts = smollm_answers()
     found: dict[str, Any] = {"steps": settings.confirm_steps}
     for name in settings.variants[:2]:
         module, training = VARIANTS[name]
         training = {**training, "per_device_train_batch_size": 4, "learning_rate": 2e-3}
-        mtp, about = trained(model, store, settings.confirm_steps, {**module, "mask_positions": 16}, training)
+        mtp, about = trained(model, store, settings.confirm_steps, {**MASKED, **module, "mask_positions": 16}, training)
         found[name] = {**about, **decoded(mtp, prompts, 48)}
         print(f"SmolLM2, {name}: loss {about['loss']:.3f}  tau linear {found[name]['linear']['tau']:.3f}  quadratic "
               f"{found[name]['quadratic']['tau']:.3f}  {about['seconds']:.0f} s", flush=True)  # fmt: skip
@@ -381,7 +399,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.plot(x, [found[key][name] / 2**20 for key in lengths], marker="o", label=label)
     axes.set(xlabel="thousands of tokens of one text", ylabel="MiB above the model", ylim=(0, None))
     axes.legend()
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

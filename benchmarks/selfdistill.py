@@ -28,13 +28,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from machine import left_padded
-from masked import answers, smollm
+from masked import MASKED, answers, save_figure, smollm_answers, trained
 from torch import Tensor, nn
 
 from foretell import MTPModel, get_mtp_model
 from foretell.config import parse
 from foretell.runtime import provenance, write_json_atomic
-from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 
 ARMS: dict[str, dict[str, Any]] = {
     "labels": {"mtp_supervision": "labels"},
@@ -52,7 +51,6 @@ CHAINS: dict[str, dict[str, Any]] = {
     "sequential": {"method": "sequential", "depth": 3},
     "heads": {"method": "heads", "depth": 3, "head_type": "ffn"},
 }
-MASKED = {"method": "masked", "depth": 4, "mask_positions": 24}
 K_MAX = 8  # of the curve: the small target's sentences are short
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": (
@@ -116,26 +114,6 @@ def small(settings: SelfDistillSettings) -> tuple[nn.Module, Any, dict[str, Any]
     return model, tokenizer, {"own": own, "data": data}, held_out_chats(find_data())
 
 
-def trained(
-    model: nn.Module, tokenizer: Any, rows: Any, steps: int, module: dict[str, Any], training: dict[str, Any], seed: int
-) -> tuple[MTPModel, dict[str, Any]]:
-    """A module after that many steps, and how training went."""
-    torch.manual_seed(seed)
-    mtp = get_mtp_model(model, module)
-    given = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", **training}
-    args = MTPTrainingArguments(
-        output_dir="runs/selfdistill/run", max_steps=steps, warmup_steps=steps // 10, save_strategy="no",
-        report_to="none", logging_steps=10, adam_beta2=0.95, weight_decay=0.0, seed=seed, max_length=160, **given,
-    )  # fmt: skip
-    trainer, start = (
-        MTPTrainer(model=mtp, args=args, train_dataset=rows, processing_class=tokenizer),
-        time.perf_counter(),
-    )
-    trainer.train()
-    last = next(entry for entry in reversed(trainer.state.log_history) if "mtp_loss" in entry)
-    return mtp, {"seconds": time.perf_counter() - start, "loss": last["mtp_loss"]}
-
-
 def decoded(mtp: MTPModel, prompts: list[list[int]], tokens: int = 64, **how: Any) -> dict[str, Any]:
     """tau and accept_given over all prompts in batches of 8, and whether every token is the target's."""
     emitted = verifications = 0
@@ -181,9 +159,8 @@ def arms(settings: SelfDistillSettings) -> dict[str, Any]:
         for arm in settings.arms:
             runs = []
             for seed in range(settings.seeds):
-                mtp, about = trained(
-                    model, tokenizer, texts[whose], settings.steps, {**MASKED, **module}, ARMS[arm], seed
-                )
+                training = {**ARMS[arm], "seed": seed, "max_length": 160}
+                mtp, about = trained(model, texts[whose], settings.steps, {**MASKED, **module}, training, tokenizer)
                 how = {"num_draft_tokens": 4, "draft_layout": "quadratic"}
                 runs.append({**about, **decoded(mtp, prompts, **how)})
             found[name][arm] = spread(runs)
@@ -208,8 +185,7 @@ def draw_arms(found: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="k", title=name, xticks=range(1, len(one["accept_given"]) + 1))
         axes.legend(fontsize=7)
     panels[0][0].set_ylabel("accept_given[k]")
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def say(name: str, one: dict[str, Any]) -> None:
@@ -231,8 +207,8 @@ def chains(settings: SelfDistillSettings) -> dict[str, Any]:
         for arm in settings.arms:
             runs = []
             for seed in range(settings.seeds):
-                training = {**ARMS[arm], "learning_rate": 2e-3}
-                mtp, about = trained(model, tokenizer, texts["own"], settings.steps, module, training, seed)
+                training = {**ARMS[arm], "learning_rate": 2e-3, "seed": seed, "max_length": 160}
+                mtp, about = trained(model, texts["own"], settings.steps, module, training, tokenizer)
                 runs.append({**about, **decoded(mtp, prompts, num_draft_tokens=3)})
             found[name][arm] = spread(runs)
             say(f"{name}, {arm}", found[name][arm])
@@ -269,7 +245,8 @@ def curve(settings: SelfDistillSettings) -> dict[str, Any]:
         own = copy.deepcopy(model) if joint else model  # a joint run changes its target
         rate = {"learning_rate": 1e-4, "mtp_loss_scaling_factor": 1.0, "mtp_depth_weights": "rows"} if joint else {}
         rows = [{**row} for row in texts["data"]] if joint else texts["own"]
-        mtp, about = trained(own, tokenizer, rows, settings.curve_steps, {**MASKED, **module}, {**rate, **training}, 0)
+        training = {**rate, **training, "seed": 0, "max_length": 160}
+        mtp, about = trained(own, rows, settings.curve_steps, {**MASKED, **module}, training, tokenizer)
         points: dict[str, Any] = {"training": about}
         ways: dict[str, dict[str, Any]] = {
             **{f"confadapt {t}": {"policy": "confadapt", "confidence_threshold": t} for t in THRESHOLDS},
@@ -392,8 +369,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             panels[-1][names.index(name)].set_xlabel("tokens a forward")
         panels[row][0].set(ylabel=label, ylim=(0, None))  # once all is drawn, for the whole row
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 # -- SmolLM2 -----------------------------------------------------------------------------------------------------------
@@ -401,18 +377,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def confirm(settings: SelfDistillSettings) -> dict[str, Any]:
     """A pair of arms on SmolLM2, on its own answers; the modules are kept for part speed."""
-    from foretell.cli.demo import _chat, _prompts
-    from foretell.data.prompts import encode_prompt
-
-    model, tokenizer = smollm()
-    chats = [_chat(row)["messages"] for row in _prompts(0)["train"]]
-    store = answers(model, tokenizer, chats, 64, Path("runs/masked/smollm-answers"))
-    prompts = [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]]
+    model, tokenizer, store, prompts = smollm_answers()
     found: dict[str, Any] = {"steps": settings.confirm_steps}
     for arm in settings.arms:
         training = {**ARMS[arm], "per_device_train_batch_size": 4, "learning_rate": 2e-3}
         module = {**MASKED, "mask_positions": 16}
-        mtp, about = trained(model, tokenizer, store, settings.confirm_steps, module, training, 0)
+        training |= {"seed": 0, "max_length": 160}
+        mtp, about = trained(model, store, settings.confirm_steps, module, training, tokenizer)
         mtp.save_pretrained(f"runs/selfdistill/{arm}")
         found[arm] = {**about, **decoded(mtp, prompts, 48, num_draft_tokens=4, draft_layout="quadratic")}
         given = "  ".join(f"{a:.3f}" for a in found[arm]["accept_given"])
@@ -422,12 +393,8 @@ def confirm(settings: SelfDistillSettings) -> dict[str, Any]:
 
 def speed(settings: SelfDistillSettings) -> dict[str, Any]:
     """Tokens a second by batch, interleaved: drafting off, ConfAdapt with fixed and adapted spans, the verifier."""
-    from foretell.cli.demo import _chat, _prompts
-    from foretell.data.prompts import encode_prompt
-
-    model, tokenizer = smollm()
+    model, _, _, every = smollm_answers()
     mtp = MTPModel.from_pretrained(model, "runs/selfdistill/student_forced")
-    every = [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]]
     ways: dict[str, dict[str, Any]] = {
         "off": {"num_draft_tokens": 0},
         "confadapt, fixed": {"policy": "confadapt"},

@@ -15,7 +15,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from foretell.models import fast
 from foretell.models.attention import RowMasks, foretell_attention
-from foretell.models.fast import FusedLayer, FusedRMSNorm, PackedLinear, _fused_norm, fast_view, weights_version
+from foretell.models.fast import FusedLayer, fast_view, weights_version
+from foretell.models.linears import FusedRMSNorm, PackedLinear, fused_norm
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 from foretell.ops.tree import brute_force_visible, chain
@@ -247,13 +248,13 @@ def test_a_norm_is_fused_only_where_the_numbers_agree():
         def forward(self, x: Tensor) -> Tensor:
             return x / (x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
 
-    assert _fused_norm(OddRMSNorm()) is None
-    assert _fused_norm(nn.LayerNorm(8)) is None
+    assert fused_norm(OddRMSNorm()) is None
+    assert fused_norm(nn.LayerNorm(8)) is None
     for name in ("llama", "gemma2"):
         norm = tiny_model(name).model.norm
         with torch.no_grad():
             norm.weight.add_(torch.linspace(0, 1, 32))
-        fused = _fused_norm(norm)
+        fused = fused_norm(norm)
         x = torch.randn(3, 32)
         torch.testing.assert_close(fused(x), norm(x), atol=1e-5, rtol=1e-5)
 

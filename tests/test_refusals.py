@@ -22,7 +22,7 @@ IDS = torch.arange(10, 28).view(2, 9)
 
 @functools.cache
 def mtp() -> MTPModel:
-    return knowing_mtp(leaning_model(max_position_embeddings=64))
+    return knowing_mtp(leaning_model())
 
 
 def refused(match: str, ids: torch.Tensor | None = IDS, **settings: Any) -> None:
@@ -104,11 +104,7 @@ def test_only_left_padding_is_read(mask, row):
     )
 
 
-def test_prompts_longer_than_the_model_allows():
-    long = torch.arange(3, 67)[None]
-    refused("a prompt has 64 tokens, the model reads at most 64: shorten it", long)
-    out = mtp().generate(long[:, :60], max_new_tokens=4, do_sample=False)
-    assert out.tolist() == mtp().model.generate(long[:, :60], max_new_tokens=4, do_sample=False).tolist()
+def test_empty_prompts():
     refused("input_ids|attention_mask", torch.zeros(1, 0, dtype=torch.long))
 
 

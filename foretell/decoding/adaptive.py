@@ -48,8 +48,6 @@ class CostCurve:
     @classmethod
     def measure(cls, target: Target, context: int = 128, repeats: int = 5) -> CostCurve:
         """Time forwards of 1 to 64 rows over a cache of `context` tokens, sizes interleaved, medians."""
-        context = min(context, (target.max_positions or context + 64) - 64) if target.max_positions else context
-        context = max(context, 1)
         cache = SlotCache(1, context + CURVE_ROWS[-1])
         lengths_B = torch.tensor([context], device=target.device)
         taken: dict[int, list[float]] = defaultdict(list)

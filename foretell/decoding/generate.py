@@ -127,11 +127,6 @@ def generate_rows(
         sequences.append(SequenceState(ids[left:], T - left, index, left_padding=left, pad_token_id=pad))
     _check_positions(model_kwargs.get("position_ids"), mask_BT)
     finish = Finish(stopping_criteria, B)
-    limit = decoder.target.max_positions
-    if limit is not None and max(len(s.tokens) for s in sequences) >= limit:
-        raise ValueError(
-            f"a prompt has {max(len(s.tokens) for s in sequences)} tokens, the model reads at most {limit}: shorten it."
-        )
     length: int | AdaptiveLength
     if adaptive is not None:
         adaptive.begin()

@@ -122,10 +122,6 @@ class Target:
         return self.head.weight.dtype
 
     @property
-    def max_positions(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
     def turns_by_length(self) -> bool:
         """Whether rotary frequencies depend on the length of the whole text (longrope, dynamic NTK)."""
         rope = getattr(self.config, "rope_parameters", None) or {}

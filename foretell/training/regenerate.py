@@ -52,13 +52,6 @@ def regenerate(
     Returns the store, opened for reading, and the stats of what was made now (None if nothing was missing).
     """
     prompts = [encode_prompt(row, tokenizer) for row in rows]
-    limit = mtp.target.max_positions
-    too_long = [i for i, p in enumerate(prompts) if limit is not None and len(p) + 1 >= limit]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts (first: row {too_long[0]}, {len(prompts[too_long[0]])} tokens) do not fit the "
-            f"model's {limit} positions: shorten or drop them."
-        )
     keys = [hashlib.sha256(json.dumps(p).encode()).hexdigest()[:24] for p in prompts]
     fingerprint = {"target": mtp.target.fingerprint(), "max_new_tokens": max_new_tokens, "greedy": True}
     if keep_hidden:
@@ -91,7 +84,6 @@ def _answer(
     decoder = mtp.decoder(None)
     recorder = HiddenRecorder(mtp.module.source)
     decoder.watchers = [recorder] if keep_hidden else []
-    limit = mtp.target.max_positions or 2**31
     stop_early = deadline if deadline is not None else (lambda: False)
 
     def leave(sequence: SequenceState) -> None:
@@ -109,7 +101,7 @@ def _answer(
 
         def finished(sequence: SequenceState) -> bool:
             new = len(sequence.tokens) - sequence.prompt_length
-            return sequence.tokens[-1] in eos or new >= max_new_tokens or len(sequence.tokens) >= limit
+            return sequence.tokens[-1] in eos or new >= max_new_tokens
 
         def left(sequence: SequenceState) -> None:
             leave(sequence)
@@ -120,7 +112,7 @@ def _answer(
             sequences,
             RowScores(None, False),
             finished,
-            max_tokens=min(max(s.prompt_length for s in sequences) + max_new_tokens, limit),
+            max_tokens=max(s.prompt_length for s in sequences) + max_new_tokens,
             slots=slots,
             leave=left,
             stop_admitting=stop_early,

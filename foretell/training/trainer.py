@@ -184,7 +184,7 @@ class MTPTrainer(Trainer):
             check_tokenizer(tokenizer, model.target.vocab_size)
         elif any("input_ids" not in row for row in load_rows(dataset)[:1]):
             raise ValueError(f"{what}: text needs processing_class (the tokenizer); or give rows with input_ids.")
-        limit = min(n for n in (args.max_length, model.target.max_positions, 2**31) if n is not None)
+        limit = args.max_length or 2**31
         out, self.encoding = encode_rows(dataset, tokenizer, limit, args.assistant_only_loss, model.target.vocab_size)
         longest = max((len(row["input_ids"]) for row in out), default=0)
         if longest < model.mtp_config.depth + 2:

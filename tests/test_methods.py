@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from foretell.data.collate import to_batch
 from foretell.methods.base import METHODS, MTPConfig, config_class
+from foretell.methods.sequential import SequentialConfig
+from foretell.models.mtp_block import _gain
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.objective import count_labels
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
@@ -685,3 +687,28 @@ def test_kept_states_give_the_loss_of_the_live_forward():
             assert all(torch.equal(a.total, b.total) for a, b in zip(live, stored, strict=True))
             found = gradients(mtp.module)
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("source", ["post_norm", "pre_norm"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox"])
+def test_a_sequential_module_starts_as_one_more_last_layer(architecture, source):
+    """Its copied layer reads the direction of the target's last state at the residual stream's size, from fusion
+    weights near one: the size stands in the gains of both norms."""
+    target = make("sequential", architecture, hidden_source=source).target
+    with torch.no_grad():
+        target.norm.weight.mul_(torch.linspace(0.5, 2.0, 32))  # else pre and post norm look alike
+        mtp = get_mtp_model(target.model, SequentialConfig(depth=1, hidden_source=source))
+        block = mtp.module.block(1)
+        ids = torch.arange(3, 35)[None]
+        rows = target.forward_text(ids, torch.arange(32)[None])
+        hidden = mtp.module.source(rows)
+        read = block.eh_proj(torch.cat([block.enorm(target.embed(ids)), block.hnorm(hidden)], dim=-1))
+        state = rows.pre_norm_BRD
+        if architecture == "gpt_neox":  # LayerNorm: without the mean, which the norm takes away, and without its bias
+            state = state - state.mean(-1, keepdim=True)
+        likeness = torch.cosine_similarity(read, state, dim=-1)
+        size = state.pow(2).mean(-1).sqrt().median()
+    assert likeness.min() > (0.9 if source == "post_norm" and architecture == "gpt_neox" else 0.99)
+    assert 0.5 < float(read.pow(2).mean(-1).sqrt().median() / size) < 2.0
+    assert 0.2 < float(block.eh_proj.weight[:, 32:].diagonal().abs().median()) < 5.0
+    torch.testing.assert_close(*(float(_gain(norm).mean()) for norm in (block.enorm, block.hnorm)))

@@ -52,15 +52,18 @@ class MTPBlock(nn.Module):
         self.eh_proj.weight.normal_(std=std)
         if how == "identity":
             # the block is a copy of the target's last layer, so it must read what that layer reads: the direction of
-            # the state before the final norm (its gain undone), at the residual stream's size
+            # the state before the final norm (its gain undone), at the residual stream's size. The size stands in the
+            # norms' gains, the embedding's too: a step of the optimizer then moves both halves of the fusion alike
+            # (+0.09 tau after 100 steps against a size that stands in the fusion, docs/log.md)
             self.eh_proj.weight.zero_()
-            scale_D = torch.full(
-                (D,), self._residual_size(target), dtype=torch.float32, device=self.eh_proj.weight.device
-            )
+            scale_D = torch.ones(D, dtype=torch.float32, device=self.eh_proj.weight.device)
             if post_norm:
                 gain_D = _gain(target.norm).float()
-                scale_D = scale_D * gain_D.abs().median() / torch.where(gain_D.abs() < 0.05, torch.inf, gain_D)
+                scale_D = gain_D.abs().median() / torch.where(gain_D.abs() < 0.05, torch.inf, gain_D)
             self.eh_proj.weight[:, hidden_half] = torch.diag(scale_D).to(self.eh_proj.weight.dtype)
+            size = self._residual_size(target)
+            _set_gain(self.hnorm, size)
+            _set_gain(self.enorm, size)
         if how == "random":
             for module in self.block.modules():
                 for name, parameter in module.named_parameters(recurse=False):
@@ -68,7 +71,7 @@ class MTPBlock(nn.Module):
                         parameter.normal_(std=std)
                     elif name == "bias":
                         parameter.zero_()
-            _reset_norm(self.norm)
+            _set_gain(self.norm, 1.0)
 
     def _residual_size(self, target: Target) -> float:
         """Typical root mean square of what the last layer reads, over a few arbitrary tokens."""
@@ -111,16 +114,16 @@ def _gain(norm: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _reset_norm(norm: nn.Module) -> None:
-    """Weight to the value that multiplies by one."""
+def _set_gain(norm: nn.Module, gain: float) -> None:
+    """Weight to the value that multiplies by `gain`."""
     norm.weight.fill_(1.0)
-    if _gain(norm).mean() > 1.5:
-        norm.weight.zero_()
+    zero_centred = bool(_gain(norm).mean() > 1.5)
+    norm.weight.fill_(gain - 1.0 if zero_centred else gain)
     if getattr(norm, "bias", None) is not None:
         norm.bias.data.zero_()
 
 
 def _fresh_norm(norm: nn.Module) -> nn.Module:
     fresh = copy.deepcopy(norm)
-    _reset_norm(fresh)
+    _set_gain(fresh, 1.0)
     return fresh

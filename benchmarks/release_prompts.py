@@ -20,40 +20,46 @@ from typing import Any
 from foretell.config import parse
 
 TOPICS = """photosynthesis|the water cycle|gravity|inflation|supply and demand|compound interest|a budget|insurance
-vaccines|antibiotics|the immune system|sleep|hydration|stretching|strength training|running|swimming|cycling|yoga
-meditation|stress|time management|procrastination|public speaking|a job interview|a resume|negotiation|teamwork
-leadership|feedback|remote work|email|meetings|project planning|version control|unit tests|recursion|a hash table
-binary search|sorting|a linked list|a stack|a queue|a database index|caching|an API|HTTP|DNS|encryption|a firewall
-passwords|phishing|backups|the cloud|containers|machine learning|neural networks|overfitting|a decision tree
-linear regression|statistics|probability|the mean and the median|standard deviation|fractions|percentages|ratios
-prime numbers|the Pythagorean theorem|angles|area and volume|a function|a derivative|an integral|a matrix|a vector
-atoms|molecules|the periodic table|acids and bases|chemical bonds|energy|electricity|magnetism|light|sound|heat
-waves|friction|Newton's laws|the solar system|the moon|eclipses|comets|black holes|stars|galaxies|the seasons|weather
-clouds|hurricanes|earthquakes|volcanoes|rivers|deserts|rainforests|oceans|coral reefs|glaciers|climate change|recycling
-composting|solar panels|wind power|nuclear power|electric cars|public transport|cities|bridges|houses|gardening
-tomatoes|herbs|soil|pruning|bees|butterflies|birds|whales|dolphins|elephants|cats|dogs|horses|snakes|frogs|dinosaurs
-evolution|DNA|cells|bacteria|viruses|fungi|the heart|the brain|the lungs|digestion|muscles|bones|skin|nutrition|protein
-vitamins|sugar|salt|bread|pasta|rice|soup|salad|coffee|tea|chocolate|cheese|spices|knives|baking|grilling|freezing food
-democracy|elections|a constitution|human rights|taxes|banks|stocks|bonds|mortgages|trade|tariffs|unemployment|startups
-marketing|branding|customer service|pricing|inventory|logistics|contracts|patents|copyright|ancient Egypt|ancient Greece
-the Roman Empire|the Middle Ages|the Renaissance|the printing press|the Industrial Revolution|the steam engine|railways
-the telephone|radio|television|computers|the internet|photography|painting|sculpture|music|the piano|the guitar|jazz
-opera|dance|theatre|film|poetry|novels|grammar|punctuation|essays|debate|logic|ethics|philosophy|psychology|memory
-habits|motivation|friendship|parenting|school|homework|exams|languages|travel|maps|camping|hiking|fishing|chess|football
-basketball|tennis|the Olympics|photosharing|social media|news|privacy|robots|drones|3D printing|virtual reality"""
+vaccines|antibiotics|the immune system|sleep|hydration|stretching|strength training|running|swimming|cycling
+yoga|meditation|stress|time management|procrastination|public speaking|a job interview|a resume|negotiation
+teamwork|leadership|feedback|remote work|email|meetings|project planning|version control|unit tests|recursion
+a hash table|binary search|sorting|a linked list|a stack|a queue|a database index|caching|an API|HTTP|DNS
+encryption|a firewall|passwords|phishing|backups|the cloud|containers|machine learning|neural networks
+overfitting|a decision tree|linear regression|statistics|probability|the mean and the median
+standard deviation|fractions|percentages|ratios|prime numbers|the Pythagorean theorem|angles|area and volume
+a function|a derivative|an integral|a matrix|a vector|atoms|molecules|the periodic table|acids and bases
+chemical bonds|energy|electricity|magnetism|light|sound|heat|waves|friction|Newton's laws|the solar system
+the moon|eclipses|comets|black holes|stars|galaxies|the seasons|weather|clouds|hurricanes|earthquakes
+volcanoes|rivers|deserts|rainforests|oceans|coral reefs|glaciers|climate change|recycling|composting
+solar panels|wind power|nuclear power|electric cars|public transport|cities|bridges|houses|gardening|tomatoes
+herbs|soil|pruning|bees|butterflies|birds|whales|dolphins|elephants|cats|dogs|horses|snakes|frogs|dinosaurs
+evolution|DNA|cells|bacteria|viruses|fungi|the heart|the brain|the lungs|digestion|muscles|bones|skin
+nutrition|protein|vitamins|sugar|salt|bread|pasta|rice|soup|salad|coffee|tea|chocolate|cheese|spices|knives
+baking|grilling|freezing food|democracy|elections|a constitution|human rights|taxes|banks|stocks|bonds
+mortgages|trade|tariffs|unemployment|startups|marketing|branding|customer service|pricing|inventory|logistics
+contracts|patents|copyright|ancient Egypt|ancient Greece|the Roman Empire|the Middle Ages|the Renaissance
+the printing press|the Industrial Revolution|the steam engine|railways|the telephone|radio|television
+computers|the internet|photography|painting|sculpture|music|the piano|the guitar|jazz|opera|dance|theatre|film
+poetry|novels|grammar|punctuation|essays|debate|logic|ethics|philosophy|psychology|memory|habits|motivation
+friendship|parenting|school|homework|exams|languages|travel|maps|camping|hiking|fishing|chess|football
+basketball|tennis|the Olympics|photosharing|social media|news|privacy|robots|drones|3D printing
+virtual reality"""
 
-NAMES = "Anna|Ben|Chloe|David|Elena|Farid|Grace|Hugo|Ines|Jonas|Kim|Leo|Maya|Noah|Olga|Pablo|Rosa|Sam|Tara|Yusuf".split("|")
-THINGS = "apples|books|pencils|tickets|stickers|marbles|cookies|coins|stamps|plants|bottles|chairs|cards|eggs".split("|")
-LANGUAGES = "Python|Python|Python|JavaScript|Java|C|C++|Go|Rust|SQL|Bash|Ruby".split("|")
-TASKS = """reverses a string|checks whether a word is a palindrome|counts the vowels of a text|finds the largest number of a list
-adds two matrices|computes a factorial|prints the first n Fibonacci numbers|removes duplicates from a list|merges two sorted lists
-counts how often each word occurs|converts Celsius to Fahrenheit|checks whether a number is prime|sorts a list of names
-finds the second smallest number|rotates a list by k places|computes the average of a list|flattens a nested list
-reads a file line by line|writes rows to a CSV file|parses a date|validates an email address|generates a random password
-computes the greatest common divisor|transposes a matrix|finds all divisors of a number|converts a number to binary
-finds the longest word of a sentence|capitalises each word|counts the lines of a file|implements a stack|implements a queue
-does a binary search|computes the power of a number|checks whether two words are anagrams|groups words by their first letter
-finds missing numbers in a range|sums the digits of a number|prints a multiplication table|zips two lists into pairs"""
+NAMES = """Anna|Ben|Chloe|David|Elena|Farid|Grace|Hugo|Ines|Jonas|Kim|Leo|Maya|Noah|Olga|Pablo|Rosa|Sam|Tara|Yusuf"""
+THINGS = """apples|books|pencils|tickets|stickers|marbles|cookies|coins|stamps|plants|bottles|chairs|cards|eggs"""
+LANGUAGES = """Python|Python|Python|JavaScript|Java|C|C++|Go|Rust|SQL|Bash|Ruby"""
+TASKS = """reverses a string|checks whether a word is a palindrome|counts the vowels of a text
+finds the largest number of a list|adds two matrices|computes a factorial|prints the first n Fibonacci numbers
+removes duplicates from a list|merges two sorted lists|counts how often each word occurs
+converts Celsius to Fahrenheit|checks whether a number is prime|sorts a list of names
+finds the second smallest number|rotates a list by k places|computes the average of a list
+flattens a nested list|reads a file line by line|writes rows to a CSV file|parses a date
+validates an email address|generates a random password|computes the greatest common divisor
+transposes a matrix|finds all divisors of a number|converts a number to binary
+finds the longest word of a sentence|capitalises each word|counts the lines of a file|implements a stack
+implements a queue|does a binary search|computes the power of a number|checks whether two words are anagrams
+groups words by their first letter|finds missing numbers in a range|sums the digits of a number
+prints a multiplication table|zips two lists into pairs"""
 
 ASK: dict[str, list[str]] = {
     "explain": [
@@ -63,7 +69,8 @@ ASK: dict[str, list[str]] = {
         "Describe {topic} in one paragraph.", "How would a teacher introduce {topic}?",
     ],
     "list": [
-        "List five facts about {topic}.", "Give me seven tips about {topic}.", "Name three common mistakes with {topic}.",
+        "List five facts about {topic}.", "Give me seven tips about {topic}.",
+        "Name three common mistakes with {topic}.",
         "What are the main benefits of {topic}?", "List the advantages and disadvantages of {topic}.",
         "Give me ten words that have to do with {topic}.", "What are four myths about {topic}?",
         "Write a checklist for {topic}.", "What are the key parts of {topic}?",
@@ -120,12 +127,12 @@ def written(count: int, seed: int) -> list[dict[str, str]]:
     found: dict[str, str] = {}
     while len(found) < count:
         kind = rng.choice(kinds)
-        name, friend = rng.sample(NAMES, 2)
+        name, friend = rng.sample(split(NAMES), 2)
         topic, other = rng.sample(topics, 2)
         slots = {
-            "topic": topic, "other": other, "name": name, "friend": friend, "thing": rng.choice(THINGS),
+            "topic": topic, "other": other, "name": name, "friend": friend, "thing": rng.choice(split(THINGS)),
             "a": rng.randrange(20, 400), "b": rng.randrange(3, 60), "c": rng.randrange(2, 20),
-            "language": rng.choice(LANGUAGES), "task": rng.choice(tasks),
+            "language": rng.choice(split(LANGUAGES)), "task": rng.choice(tasks),
         }  # fmt: skip
         found.setdefault(rng.choice(ASK[kind]).format(**slots), kind)
     return [{"prompt": prompt, "kind": kind} for prompt, kind in found.items()]

@@ -17,7 +17,7 @@ from foretell.models import fast
 from foretell.models.attention import RowMasks, foretell_attention
 from foretell.models.fast import FusedLayer, fast_view, weights_version
 from foretell.models.linears import FusedRMSNorm, PackedLinear, fused_norm
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import CACHE_NAMES, SlotCache
 from foretell.models.target import Target
 from foretell.ops.tree import brute_force_visible, chain
 
@@ -226,6 +226,22 @@ def test_a_layer_is_fused_only_where_the_numbers_agree(name, monkeypatch):
             patch.setattr(where, attribute, instead)
             assert fused() is None
     assert fused() is not None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_fused_layer_knows_its_cache_by_every_name(name):
+    fused, masks = fast._fused_layer(random_layer("llama"), fast.Rotation()), RowMasks()
+    fused.place.__dict__["foretell_masks"] = masks
+    angle_BRE = torch.arange(2.0)[None, :, None] * torch.ones(8)
+    hidden_BRD, cache, out = torch.randn(1, 2, 32), SlotCache(1, 4), []
+    for used in (cache, None):
+        cache.begin(0, torch.tensor([0]), None, 2, 2)
+        masks.begin(torch.tensor([0]), 2, 2)
+        with torch.no_grad():
+            out.append(fused(hidden_BRD, position_embeddings=(angle_BRE.cos(), angle_BRE.sin()), **{name: used}))
+    torch.testing.assert_close(*out)
+    assert cache._storage, "what was handed over is written to"
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
 
 import foretell
+from foretell.decoding.generate import refuse_unsupported
 from foretell.methods.sequential import SequentialConfig
+from foretell.models.slot_cache import CACHE_NAMES
 from foretell.models.target import UnsupportedModelError
 from foretell.mtp import MTPModel, get_mtp_model
 
@@ -45,7 +47,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "static cache": ("cache_implementation='static'", {"cache_implementation": "static"}),
     "paged cache": ("cache_implementation='paged'", {"cache_implementation": "paged"}),
     "offloaded cache": ("cache_implementation='offloaded'", {"cache_implementation": "offloaded"}),
-    "own cache": ("past_key_values", {"past_key_values": DynamicCache()}),
+    "own cache": (r"(past_key_values|cache) .foretell brings its own cache", {"past_key_values": DynamicCache()}),
     "no cache": ("use_cache=False", {"use_cache": False}),
     "assistant": ("assistant_model", {"assistant_model": nn.Linear(1, 1)}),
     "transformers' lookup": ("assisted_generation", {"prompt_lookup_num_tokens": 3}),
@@ -76,6 +78,17 @@ def test_is_refused_through_custom_generate_too(argument):
     match, settings = ARGUMENTS[argument]
     with pytest.raises(ValueError, match=match):
         mtp().model.generate(IDS, max_new_tokens=4, custom_generate=foretell.custom_generate(mtp()), **settings)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_is_known_by_every_name(name):
+    """transformers hands its own empty cache to every custom_generate; a user's is marked."""
+    settings = GenerationConfig(max_new_tokens=4, max_length=13)
+    model_kwargs = {"attention_mask": torch.ones_like(IDS), name: DynamicCache()}
+    refuse_unsupported(settings, model_kwargs, False)
+    model_kwargs[name]._is_user_defined = True
+    with pytest.raises(ValueError, match=f"{name} .foretell brings its own cache"):
+        refuse_unsupported(settings, model_kwargs, False)
 
 
 @pytest.mark.parametrize("length", [-1, 1.5, True, "some", [3]])

@@ -22,9 +22,10 @@ from foretell.decoding.loop import Decoder
 from foretell.decoding.policies import check_policy
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
+from foretell.models.slot_cache import CACHE_NAMES
 from foretell.types import SequenceState
 
-_HANDLED_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_HANDLED_KWARGS = {*CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
 _NOT_HONOURED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "token_healing")
 
 
@@ -75,8 +76,8 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any], syn
         bad.append(f"cache_implementation={generation_config.cache_implementation!r} (foretell brings its own cache)")
     if getattr(generation_config, "use_cache", True) is False:
         bad.append("use_cache=False")
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-        bad.append("past_key_values (foretell brings its own cache)")
+    own = [name for name in CACHE_NAMES if getattr(model_kwargs.get(name), "_is_user_defined", False)]
+    bad += [f"{name} (foretell brings its own cache)" for name in own]
     bad += sorted(set(model_kwargs) - _HANDLED_KWARGS)
     if synced_gpus:
         bad.append("synced_gpus=True")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from foretell.models.attention import RowMasks, foretell_attention
 from foretell.models.gated_lora import GatedAdapters, GatedLinear, RowAdapter
 from foretell.models.linears import COPIES, FusedRMSNorm, NormedLinear, PackedLinear, fused_norm
+from foretell.models.slot_cache import CACHE_NAMES
 
 _PACKED_LIMIT = 0.4  # of free memory: a large model on a small machine goes without
 # pre-norm layers of attention and gated MLP with nothing between: what FusedLayer computes; where each keeps its window
@@ -122,10 +123,9 @@ class FusedLayer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> Tensor:
         """[B, R, D] -> [B, R, D], as transformers' layers are called."""
         B, R, D = hidden_states.shape
@@ -141,8 +141,9 @@ class FusedLayer(nn.Module):
         pairs = torch.view_as_complex(qkv[:, :, : Hq + H].view(B, R, Hq + H, E // 2, 2))
         pairs.mul_(self.rotation.of(*position_embeddings))
         query = qkv[:, :, :Hq].transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.extend(qkv[:, :, Hq:], self.layer)
+        cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
+        if cache is not None:
+            key, value = cache.extend(qkv[:, :, Hq:], self.layer)
         else:
             key, value = (part.transpose(1, 2) for part in qkv[:, :, Hq:].chunk(2, dim=2))
         out, _ = foretell_attention(

@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
 FusionOrder = Literal["embedding_hidden", "hidden_embedding"]
@@ -34,9 +33,6 @@ class MTPBlock(nn.Module):
         self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=like.dtype)
         block, self.layer_type = target.block_copy()
         self.block = block
-        # GPT-NeoX's layers call their cache by an older name
-        names = inspect.signature(type(block).forward).parameters
-        self.cache_name = "layer_past" if "layer_past" in names else "past_key_values"
         self.norm = copy.deepcopy(target.norm)
         self.masks = RowMasks()
         self.masks.hang_on(block)
@@ -98,7 +94,7 @@ class MTPBlock(nn.Module):
             position_ids=position_ids_BT,
             position_embeddings=position_embeddings,
             use_cache=cache is not None,
-            **{self.cache_name: cache},
+            **{cache_name(self.block.forward): cache},
         )
         raw = raw[0] if isinstance(raw, tuple) else raw
         normed = self.norm(raw).to(hidden_BTD.dtype)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks, foretell_attention
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
 HeadType = Literal["linear", "ffn", "mha_ffn", "cnn", "identical", "medusa", "layer"]
@@ -209,8 +209,8 @@ class LayerBody(Body):
                 attention_mask=None,
                 position_ids=position_ids_BT,
                 position_embeddings=places,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{cache_name(block.forward): cache},
             )
             hidden_BTD = out[0] if isinstance(out, tuple) else out
         return self.norm(hidden_BTD)

@@ -11,9 +11,23 @@ cache.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# what transformers calls a cache: from 5.24 on, before, and in layers of GPT-NeoX's time
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What this forward of a model or layer calls the cache that it takes."""
+    known = inspect.signature(forward).parameters, BaseModelOutputWithPast.__dataclass_fields__
+    return next(name for names in known for name in CACHE_NAMES if name in names)
 
 
 class SlotCache(Cache):

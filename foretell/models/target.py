@@ -25,7 +25,7 @@ from foretell.models.fast import fast_view, weights_version
 from foretell.models.gated_lora import GatedAdapters, MaskRows
 from foretell.models.graphs import StaticSteps
 from foretell.models.lean_layer import lean_layers
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import SlotCache, cache_name
 
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
 
@@ -252,7 +252,10 @@ class Target:
                 return self.norm(embedding_BRD)
             with nullcontext() if adapters is None else adapters.on(self.layers, slice(None)):
                 out = self.decoder(
-                    inputs_embeds=embedding_BRD, position_ids=position_ids_BR, past_key_values=keys, use_cache=True
+                    inputs_embeds=embedding_BRD,
+                    position_ids=position_ids_BR,
+                    use_cache=True,
+                    **{cache_name(self.decoder.forward): keys},
                 )
         return out.last_hidden_state
 
@@ -363,9 +366,8 @@ class Target:
         decoder = view.get_decoder()
         with nullcontext() if self.mask_rows is None else self.mask_rows.through(steps_BR):
             out = decoder(
-                **{"input_ids" if read.dim() == 2 else "inputs_embeds": read},
+                **{"input_ids" if read.dim() == 2 else "inputs_embeds": read, cache_name(decoder.forward): cache},
                 position_ids=position_ids_BR,
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
             )

@@ -9,14 +9,19 @@ longest text so far in the module, so that a model's own second call may differ 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
-from drafters import knowing_mtp, leaning_model
+from drafters import Spy, knowing_mtp, leaning_model
 from torch import Tensor, nn
 
+from foretell.methods import chain
+from foretell.methods.heads import HeadsConfig
+from foretell.methods.masked import MaskedConfig
 from foretell.methods.sequential import SequentialConfig
+from foretell.models.attention import RowMasks
 from foretell.mtp import MTPModel, get_mtp_model
 
 BORDER = 32
@@ -90,3 +95,73 @@ def test_regenerated_answers_go_beyond_the_models_length(tmp_path):
     cut = [new[: new.index(1) + 1] if 1 in new else new for new in own(model, rows)]
     wanted = [row.tolist() + new for row, new in zip(rows, cut, strict=True)]
     assert sorted(list(row["input_ids"]) for row in store.rows()) == sorted(wanted)
+
+
+# -- prompts of one token, and long ones -------------------------------------------------------------------------------
+
+HEADS = ["linear", "ffn", "mha_ffn", "cnn", "identical", "medusa", "layer"]
+METHODS: dict[str, Any] = {
+    "sequential": lambda: SequentialConfig(depth=2),
+    "shared": lambda: SequentialConfig(depth=2, shared_module=True),
+    "masked": lambda: MaskedConfig(depth=2, lora_rank=4),
+    **{kind: functools.partial(HeadsConfig, depth=2, head_type=kind) for kind in HEADS},
+}
+
+
+def module_of(method: str, model: nn.Module | None = None) -> MTPModel:
+    """A module of any method, its parameters off their neutral start."""
+    torch.manual_seed(3)
+    mtp = get_mtp_model(model or leaning_model(), METHODS[method]()).eval()
+    with torch.no_grad():
+        for parameter in mtp.module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return mtp
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prompts_of_one_token_beside_longer_ones(method):
+    mtp = module_of(method)
+    for lengths in ((1, 1, 6), (6, 1, 1), (1,), (1, 9, 1, 1, 4)):
+        rows = texts(*lengths)
+        wanted = own(mtp.model, rows, 5)
+        for settings in ({"num_draft_tokens": 1}, {"slots": 2}, {"num_draft_tokens": "auto"}):
+            assert ours(mtp, rows, 5, **settings) == wanted, (lengths, settings)
+        assert len(ours(mtp, rows, 5, policy="static_k")) == len(rows)
+
+
+@pytest.mark.parametrize("method", ["sequential", "shared", "mha_ffn", "layer"])
+def test_modules_read_prompts_in_pieces_and_draft_the_same(method, monkeypatch):
+    mtp, rows = module_of(method), texts(23, 2, 40, 1, 9)
+    decoder, drafted, widths = mtp.decoder(mtp.drafter()), {}, []
+    plain = RowMasks.begin
+
+    def begin(self, lengths_B, visible, rows, **masks):
+        if self is not decoder.target._masks:
+            widths.append(len(lengths_B) * rows)
+        return plain(self, lengths_B, visible, rows, **masks)
+
+    monkeypatch.setattr(RowMasks, "begin", begin)
+    for size in (1000, 9, 1):
+        monkeypatch.setattr(chain, "READ_ROWS", size)
+        monkeypatch.setattr(chain, "FEW_ROWS", min(size, 2))
+        spy = Spy(mtp.drafter())
+        widths.clear()
+        told = ours(mtp, rows, 8, drafter=spy)
+        drafted[size] = told, [(at, draft.tokens) for _, at, draft in spy.drafted]
+        assert not widths or max(widths) <= max(size, len(rows) * min(size, 2))
+    assert drafted[1000][1] and drafted[9] == drafted[1000] == drafted[1]
+
+
+def test_a_module_reads_a_long_prompt_with_small_masks(monkeypatch):
+    # what was asked for before: a mask of the whole prompt by the whole prompt for every row of the batch
+    mtp, largest, plain = module_of("sequential"), [0], RowMasks.get
+
+    def get(self, *args):
+        mask = plain(self, *args)
+        largest[0] = max(largest[0], 0 if mask is None else mask.numel())
+        return mask
+
+    monkeypatch.setattr(RowMasks, "get", get)
+    rows = texts(900, 1100)
+    assert ours(mtp, rows, 2) == own(mtp.model, rows, 2)
+    assert largest[0] <= 2 * 2 * 512 * 1152, "two prompts, two heads a group, a piece of 512 rows of the target"

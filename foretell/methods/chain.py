@@ -1,6 +1,9 @@
-"""Drafting one token after the other: the loop that drafters share whose depth k reads what depth k - 1 drafted."""
+"""Drafting one token after the other: the loop that drafters share whose depth k reads what depth k - 1 drafted.
 
-# B sequences, K depths, M draft vocabulary.
+And how a module reads what it has not read yet, prompts among it: a bounded number of rows at a time.
+"""
+
+# B sequences, R rows of a forward, K depths, M draft vocabulary.
 
 from __future__ import annotations
 
@@ -11,8 +14,52 @@ import torch
 from torch import Tensor
 
 from foretell.methods.base import MTPModule
+from foretell.models.attention import RowMasks
+from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 from foretell.types import Draft, SequenceState, Worth
+
+READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
+FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
+
+
+def reading_plan(counts: list[int], starts: list[int], capacity: int) -> list[tuple[slice, list[int], list[int]]]:
+    """(neighbours that share a forward, their first rows, how many) for sequences that have counts[b] rows to read from
+    starts[b] on. The last forward that a sequence is in reads its newest row; those with nothing to read are in none,
+    or between others.
+
+    One that has just joined brings its whole prompt: all but its last rows are read by itself, piece by piece, and its
+    rows must neither pad the few of the others nor reach beyond the cache.
+    """
+    plan, starts, counts = [], list(starts), list(counts)
+    for b, count in enumerate(counts):
+        for _ in range(max(count - 1, 0) // READ_ROWS):
+            plan.append((slice(b, b + 1), [starts[b]], [READ_ROWS]))
+            starts[b], counts[b] = starts[b] + READ_ROWS, counts[b] - READ_ROWS
+    first, R, rows, start = 0, 0, 0, 0
+    for b, count in enumerate(counts):
+        R, rows, start = max(R, count), rows + count, max(start, starts[b])
+        wasteful = R > FEW_ROWS and R * (b + 1 - first) > min(2 * rows, READ_ROWS)
+        if b > first and (wasteful or start + R > capacity):
+            plan.append((slice(first, b), starts[first:b], counts[first:b]))
+            first, R, rows, start = b, count, count, starts[b]
+    plan.append((slice(first, None), starts[first:], counts[first:]))
+    return [part for part in plan if any(part[2])]
+
+
+def begin_rows(
+    cache: SlotCache, masks: RowMasks, slot: int, starts: list[int], counts: list[int], device: torch.device
+) -> Tensor:
+    """[B, R] positions of the next forward's rows, counts[b] from starts[b] on in slots slot, slot + 1, ...; its cache
+    and its masks are told.
+    """
+    R = max(counts)
+    lengths_B, visible = torch.tensor(starts, device=device), max(starts) + R
+    valid_rows_B = None if min(counts) == R else torch.tensor(counts, device=device)
+    valid_BR = None if valid_rows_B is None else torch.arange(R, device=device) < valid_rows_B[:, None]
+    cache.begin(slot, lengths_B, valid_BR, R, visible)
+    masks.begin(lengths_B, visible, R, valid_rows_B=valid_rows_B, full=R == 1 and len(starts) == 1)
+    return lengths_B[:, None] + torch.arange(R, device=device)
 
 
 class ChainDrafter(ABC):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foretell.methods.base import MTPConfig, MTPModule
+from foretell.methods.chain import begin_rows, reading_plan
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_heads import HeadType, InitStrategy, MTPHead
@@ -272,21 +273,23 @@ class HeadsDrafter:
 
     def _logits(self, sequences: Sequence[SequenceState], depth: int) -> Tensor:
         """[B, depth, M]: what each head says at each sequence's newest state."""
-        states = []
-        for k, head in enumerate(self._view.heads[:depth]):
-            reach = head.body.reach
-            new = [s.cached - self._done[s.slot] if reach is None else min(s.cached, reach + 1) for s in sequences]
-            states.append(self._newest(head, self._caches[k], sequences, new))
-        if self._view.heads[0].body.reach is None:
-            if depth < len(self._view.heads):  # the others' caches must not fall behind
-                for k in range(depth, len(self._view.heads)):
-                    new = [s.cached - self._done[s.slot] for s in sequences]
-                    self._newest(self._view.heads[k], self._caches[k], sequences, new)
+        attends = self._view.heads[0].body.reach is None
+        if attends:  # all of them, since no cache may fall behind
+            starts = [self._done[s.slot] for s in sequences]
+        else:
+            starts = [max(s.cached - self._kept, 0) for s in sequences]
+        counts = [s.cached - start for s, start in zip(sequences, starts, strict=True)]
+        newest_KBD = self._states.new_zeros(len(self._view.heads), len(counts), self.target.hidden_size)
+        for part, first, rows in reading_plan(counts, starts, self.capacity):
+            for k, head in enumerate(self._view.heads if attends else self._view.heads[:depth]):
+                newest_KBD[k, part] = self._newest(head, self._caches[k], sequences[part], first, rows)
+        if attends:
             for s in sequences:
                 self._done[s.slot] = s.cached
+        newest_KBD = newest_KBD[:depth]
         if self._head is not None:
-            return self.target.scaled(self._head(torch.stack(states, dim=1)))
-        states = [state_BD.to(self._dtype(state_BD)) for state_BD in states]
+            return self.target.scaled(self._head(newest_KBD.transpose(0, 1)))
+        states = newest_KBD.to(self._dtype(newest_KBD))
         outputs = [head.output(state_BD) for head, state_BD in zip(self._view.heads, states, strict=False)]
         return self.target.scaled(torch.stack(outputs, dim=1))
 
@@ -294,29 +297,24 @@ class HeadsDrafter:
         """In which the heads compute: what learns is fp32, whatever the target is."""
         return next(self.module.parameters(), states).dtype
 
-    def _newest(self, head: MTPHead, cache: SlotCache, sequences: Sequence[SequenceState], new: list[int]) -> Tensor:
-        """[B, D]: the head's body over the newest new[b] states of each sequence, its last row."""
-        out, b = [], 0
-        device = self.target.device
-        while b < len(sequences):
-            end = b + 1  # neighbours with as many new rows share a forward
-            while end < len(sequences) and new[end] == new[b]:
-                end += 1
-            group, R = sequences[b:end], max(new[b], 1)
-            lengths_B = torch.tensor([s.cached - R for s in group], device=device)
-            positions_BR = lengths_B[:, None] + torch.arange(R, device=device)
-            slots_B = torch.tensor([s.slot * self._kept for s in group], device=device)
-            hidden_BRD = self._states[slots_B[:, None] + positions_BR % self._kept]
-            places = None
-            if head.body.reach is None:
-                visible = max(s.cached for s in group)
-                cache.begin(group[0].slot, lengths_B, None, R, visible)
-                self._masks.begin(lengths_B, visible, R, full=R == 1 and len(group) == 1)
-                if hasattr(head.body, "layer_type"):
-                    places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type)
-            dtype = self._dtype(hidden_BRD)
-            own_cache = cache if head.body.reach is None else None
-            state_BRD = head.body(hidden_BRD.to(dtype), positions_BR, places, own_cache)
-            out.append(state_BRD[:, -1].to(hidden_BRD.dtype))
-            b = end
-        return torch.cat(out)
+    def _newest(
+        self,
+        head: MTPHead,
+        cache: SlotCache,
+        sequences: Sequence[SequenceState],
+        starts: list[int],
+        counts: list[int],
+    ) -> Tensor:
+        """[B, D]: the head's body over counts[b] states of each sequence from starts[b] on, its last row."""
+        device, own_cache = self.target.device, cache if head.body.reach is None else None
+        if own_cache is None:
+            positions_BR = torch.tensor(starts, device=device)[:, None] + torch.arange(max(counts), device=device)
+        else:
+            positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
+        slots_B = torch.tensor([s.slot * self._kept for s in sequences], device=device)
+        hidden_BRD = self._states[slots_B[:, None] + positions_BR % self._kept]
+        places = None
+        if hasattr(head.body, "layer_type"):
+            places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type)
+        state_BRD = head.body(hidden_BRD.to(self._dtype(hidden_BRD)), positions_BR, places, own_cache)
+        return state_BRD[torch.arange(len(counts)), [max(count, 1) - 1 for count in counts]]

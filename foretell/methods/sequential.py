@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.methods.base import MTPConfig, MTPModule
-from foretell.methods.chain import ChainDrafter
+from foretell.methods.chain import ChainDrafter, begin_rows, reading_plan
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
@@ -29,7 +29,6 @@ from foretell.ops.tree import forest
 from foretell.types import Batch, Draft, SequenceState
 
 LONGEST_SHARED = 16
-FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
 
 
 @dataclass(kw_only=True)
@@ -184,65 +183,37 @@ class SequentialDrafter(ChainDrafter):
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""
         self._reach(k)
-        done = self._done[k - 1]
-        counts = [s.cached - done[s.slot] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
-        logits = []
-        for part in self._alike(sequences, counts):
-            if max(counts[part]):
-                logits.append(self._forward(sequences[part], drafts[part], k, counts[part]))
-            else:  # asks for nothing: any numbers will do
-                ids = self.module.draft_vocab_ids
-                M = self.target.vocab_size if ids is None else len(ids)
-                logits.append(self._states[0].new_zeros(len(counts[part]), M))
-        return torch.cat(logits)
+        done = [self._done[k - 1][s.slot] for s in sequences]
+        counts = [s.cached - done[b] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
+        newest_BD = self._states[0].new_zeros(len(counts), self.target.hidden_size)
+        for part, starts, rows in reading_plan(counts, done, self.capacity):
+            newest_BD[part] = self._forward(sequences[part], drafts[part], k, starts, rows)
+        return self.target.scaled(self._head(newest_BD))
 
-    def _alike(self, sequences: Sequence[SequenceState], counts: list[int]) -> list[slice]:
-        """Neighbours that share a forward. One that has just joined brings its whole prompt: its many rows must neither
-        pad the few of the others nor reach beyond the cache.
-        """
-        starts = [s.cached - count for s, count in zip(sequences, counts, strict=True)]
-        parts, first, R, rows, start = [], 0, counts[0], counts[0], starts[0]
-        for b in range(1, len(counts)):
-            R, rows, start = max(R, counts[b]), rows + counts[b], max(start, starts[b])
-            wasteful = R > FEW_ROWS and R * (b + 1 - first) > 2 * rows
-            if wasteful or start + R > self.capacity:
-                parts.append(slice(first, b))
-                first, R, rows, start = b, counts[b], counts[b], starts[b]
-        return [*parts, slice(first, len(counts))]
-
-    def _forward(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, counts: list[int]) -> Tensor:
-        """Depth k over the newest counts[b] rows of sequence b."""
+    def _forward(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, starts: list[int], counts: list[int]
+    ) -> Tensor:
+        """[B, D] of the last of these rows at depth k: counts[b] of sequence b from starts[b] on."""
         done, C, device = self._done[k - 1], self.capacity, self.target.device
-        R = max(counts)
+        R, spare = max(counts), self.slots * self.capacity
         ids, at = [], []
-        for b, sequence in enumerate(sequences):
-            start, known, n = done[sequence.slot], sequence.tokens, sequence.cached
-            row_ids = (known + drafts[b].tokens)[start + k : start + k + counts[b]]  # the newest rows read drafts
-            ids.append(row_ids + [0] * (R - counts[b]))
+        for sequence, draft, start, count in zip(sequences, drafts, starts, counts, strict=True):
+            row_ids = (sequence.tokens + draft.tokens)[start + k : start + k + count]  # the newest rows read drafts
+            ids.append(row_ids + [0] * (R - count))
             first = sequence.slot * C + start
-            at.append(list(range(first, first + counts[b])) + [self.slots * C] * (R - counts[b]))
-            if counts[b]:
-                done[sequence.slot] = max(start, n - k + 1)
-        lengths_B = torch.tensor([s.cached - c for s, c in zip(sequences, counts, strict=True)], device=device)
-        valid_rows_B = None if min(counts) == R else torch.tensor(counts, device=device)
+            at.append([*range(first, first + count), *[spare] * (R - count)])
+            done[sequence.slot] = max(done[sequence.slot], min(start + count, sequence.cached - k + 1))
         at_N = torch.tensor(at, device=device).reshape(-1)
         hidden_BRD = self._states[k - 1][at_N].view(len(sequences), R, -1)
-        positions_BR = lengths_B[:, None] + torch.arange(R, device=device)
-        visible = max(s.cached for s in sequences)
-        visible = max(visible, max(s.cached - c for s, c in zip(sequences, counts, strict=True)) + R)
-        valid_BR = None if valid_rows_B is None else torch.arange(R, device=device) < valid_rows_B[:, None]
         cache = self._caches[k - 1]
-        cache.begin(sequences[0].slot, lengths_B, valid_BR, R, visible)
-        self._masks.begin(lengths_B, visible, R, valid_rows_B=valid_rows_B, full=R == 1 and len(sequences) == 1)
+        positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
         block = self._view.block(k)
         places = self.target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
         embedding_BRD = self.target.embed(torch.tensor(ids, device=device))
         state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
         self._states[k].index_copy_(0, at_N, chained_BRD.reshape(-1, chained_BRD.shape[2]))
         self.calls += 1
-        newest = torch.tensor([max(c, 1) - 1 for c in counts], device=device)
-        logits_BM = self._head(state_BRD[torch.arange(len(sequences), device=device), newest])
-        return self.target.scaled(logits_BM)
+        return state_BRD[torch.arange(len(counts)), [max(count, 1) - 1 for count in counts]]
 
     def _reach(self, depth: int) -> None:
         while len(self._caches) < depth:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); copy the folder again.") from None
     return about
+
+
+def shipped(model: nn.Module) -> Path | None:
+    """The folder of the module that ships with foretell for these very weights, or None."""
+    here, modules = Target(model).fingerprint(), resources.files("foretell").joinpath("modules")
+    folders = [Path(str(folder)) for folder in modules.iterdir()] if modules.is_dir() else []
+    return next((f for f in folders if (f / CONFIG_FILE).is_file() and read_config(f)["target"] == here), None)
 
 
 def check_target(about: dict[str, Any], target: Target, folder: str | Path) -> None:

@@ -324,8 +324,8 @@ def test_the_plain_table_is_aligned_and_says_the_outcome(result):
     lines = printed(result).splitlines()
     table = lines[: len(WAYS) + 2]
     assert len({len(line) for line in table}) == 1
-    assert table[0].split() == ["way", "tokens/s", "spread", "times", "off", "tau", "tokens", "seconds", "equal"]
-    assert table[-1].split()[-9:] == ["48.2", "47.7", "to", "48.9", "1.58", "1.93", "1,520", "63.5", "yes"]
+    assert table[0].split() == ["way", "tokens/s", "spread", "times", "off", "tau", "tokens", "equal"]
+    assert table[-1].split()[-8:] == ["48.2", "47.7", "to", "48.9", "1.58", "1.93", "1,520", "yes"]
     assert "All 240 runs on 16 prompts gave exactly the tokens of plain greedy decoding." in lines
     assert printed(result).isascii()
     assert "\x1b" not in printed(result)
@@ -339,10 +339,30 @@ def test_the_terminal_has_the_same_numbers(result):
 
 def test_a_slow_result_is_called_slow_and_a_short_run_short(result, render):
     result["speedup_vs_off"], result["short"] = 0.93, True
+    result["ways"][3]["tokens_per_second"] = 28.0
     page = render(result)
     assert "did not pay" in page.titles[0]
     assert "0.93 times that of the same decoder" in page.text
     assert "short run" in page.text
+
+
+def test_the_headline_speaks_of_the_module_and_says_where_lookup_is_faster(result, render):
+    assert "1.58 times as fast with its MTP module" in render(result).titles[0]
+    result["best"], result["speedup_vs_off"] = "lookup", 1.96
+    result["ways"][2]["tokens_per_second"] = 60.0
+    title = render(result).titles[0]
+    assert "slower than lookup alone" in title and "1.58 times as fast" in title  # the module's number, not lookup's
+
+
+def test_the_kind_that_was_trained_here_has_its_own_table(result, render):
+    ways = [{**copy.deepcopy(way), "tokens_per_second": 2 * way["tokens_per_second"]} for way in result["ways"]]
+    ways.append({**ways[-1], "name": "shipped", "label": "shipped module", "tokens_per_second": 71.5})
+    result["domain"] = {"name": "my chats", "ways": ways, "best": "both", "equality": result["equality"]}
+    for shown in (render(result).text, printed(result)):
+        assert "my chats" in shown and "71.5" in shown and "96.4" in shown and "1.17" in shown
+    assert "Trained here: my chats" in render(result).headings
+    result["domain"]["ways"][-1]["equal"] = False
+    assert "NO" in printed(result)
 
 
 def test_prompt_lookup_is_not_compared_with_itself(result, render):

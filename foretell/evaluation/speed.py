@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class Way:
     seconds: list[list[float]] = field(default_factory=list)  # per repeat, per prompt
     tokens: list[list[int]] = field(default_factory=list)  # per repeat, per prompt: new tokens
     records: list[list[Verification]] = field(default_factory=list)  # per prompt, of the first repeat
+    draft_seconds: float = 0.0  # of all repeats
+    draft_forwards: int = 0
 
 
 def transformers_way(mtp: MTPModel, max_new_tokens: int, **kwargs: Any) -> Way:
@@ -47,31 +50,37 @@ def foretell_way(mtp: MTPModel, name: str, label: str, max_new_tokens: int, **kw
     return Way(name, label, run)
 
 
-def compare(ways: Sequence[Way], prompts: Sequence[list[int]], groups: Sequence[str], repeats: int) -> dict[str, Any]:
+def compare(
+    ways: Sequence[Way],
+    prompts: Sequence[list[int]],
+    groups: Sequence[str],
+    repeats: int,
+    *,
+    deadline: float = math.inf,
+    precision: float = 0.0,
+) -> dict[str, Any]:
     """Run every way on every prompt, `repeats` times; the order of the ways rotates from prompt to prompt.
 
-    prompts: token ids, groups: the category of each. The first way is the reference whose tokens all must equal.
-    Returns plain numbers: ways, by_category, tau_by_category, acceptance, equality, sample.
+    prompts: token ids, groups: the category of each. The first way is the reference whose tokens all must equal, the
+    second the one that ratios are against. deadline: time.monotonic() after which no further repeat is begun.
+    precision: from three repeats on, stop where all ratios are known to that (half a 95 % interval).
+    Returns plain numbers: ways, by_category, tau_by_category, acceptance, equality, precision.
     """
-    reference = [ways[0].run(torch.tensor([prompts[0]]))[0] for _ in range(1)]  # warm-up
-    for way in ways[1:]:
+    for way in ways:  # warm-up
         way.run(torch.tensor([prompts[0]]))
-    reference, differences, runs = [], [], 0
+    reference: list[list[int]] = []
+    differences: list[dict[str, Any]] = []
+    runs = repeat = 0
     with Progress("compare", total=repeats * len(prompts) * len(ways), unit="run") as bar:
-        for repeat in range(repeats):
+        while repeat < repeats and not (repeat >= 3 and _uncertainty(ways) < precision):
+            started = time.monotonic()
             for way in ways:
                 way.seconds.append([])
                 way.tokens.append([])
             for number, ids in enumerate(prompts):
                 outputs: dict[str, list[int]] = {}
                 for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
-                    start = time.perf_counter()
-                    out, stats = way.run(torch.tensor([ids]))
-                    way.seconds[repeat].append(time.perf_counter() - start)
-                    outputs[way.name] = out[0].tolist()
-                    way.tokens[repeat].append(out.shape[1] - len(ids))
-                    if stats is not None and repeat == 0:
-                        way.records.append(stats.records[0])
+                    outputs[way.name] = _run(way, ids, first=repeat == 0)
                     bar.update(1)
                 if repeat == 0:
                     reference.append(outputs[ways[0].name])
@@ -79,8 +88,11 @@ def compare(ways: Sequence[Way], prompts: Sequence[list[int]], groups: Sequence[
                     runs += 1
                     if outputs[way.name] != reference[number]:
                         differences.append(_difference(way, number, outputs[way.name], reference[number]))
+            repeat += 1
+            if time.monotonic() + (time.monotonic() - started) > deadline:
+                break
     return {
-        "ways": [_summary(way, ways[0], differences) for way in ways],
+        "ways": [_summary(way, differences) for way in ways],
         "by_category": _by_category(ways, groups),
         "tau_by_category": _tau_by_category(ways, groups),
         "acceptance": {
@@ -94,7 +106,44 @@ def compare(ways: Sequence[Way], prompts: Sequence[list[int]], groups: Sequence[
             "equal": runs - len(differences),
             "first_difference": differences[0] if differences else None,
         },
+        "precision": _uncertainty(ways) if repeat >= 3 else None,
     }
+
+
+def _run(way: Way, ids: list[int], first: bool) -> list[int]:
+    start = time.perf_counter()
+    out, stats = way.run(torch.tensor([ids]))
+    way.seconds[-1].append(time.perf_counter() - start)
+    way.tokens[-1].append(out.shape[1] - len(ids))
+    if stats is not None:
+        way.draft_seconds += stats.seconds["draft"]
+        way.draft_forwards += stats.draft_forwards
+        if first:
+            way.records.append(stats.records[0])
+    return out[0].tolist()
+
+
+def _uncertainty(ways: Sequence[Way]) -> float:
+    """Half a 95 % interval of the least certain ratio of two ways' times, from the repeats."""
+    repeats = len(ways[1].seconds)
+    student = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}.get(repeats, 2.45)  # 97.5 % quantile, repeats - 1 degrees of freedom
+    found = [
+        student * stdev(sum(s) / sum(base) for s, base in zip(way.seconds, ways[1].seconds)) / math.sqrt(repeats)
+        / median(sum(s) / sum(base) for s, base in zip(way.seconds, ways[1].seconds))
+        for way in ways
+    ]  # fmt: skip
+    return max(found)
+
+
+def fixed_tau(mtp: MTPModel, prompts: Sequence[list[int]], max_new_tokens: int, drafts: int, drafter: str) -> float:
+    """tau where every round drafts as many tokens: under "auto" a round without drafts counts as one."""
+    way = foretell_way(mtp, "fixed", "", max_new_tokens, num_draft_tokens=drafts, drafter=drafter)
+    records = []
+    for ids in prompts:
+        stats = way.run(torch.tensor([ids]))[1]
+        assert stats is not None
+        records += stats.records
+    return GenerationStats("lossless", True, records).tau
 
 
 def _difference(way: Way, number: int, got: list[int], wanted: list[int]) -> dict[str, Any]:
@@ -102,7 +151,7 @@ def _difference(way: Way, number: int, got: list[int], wanted: list[int]) -> dic
     return {"way": way.name, "prompt": number, "position": at, "got": got[at : at + 1], "wanted": wanted[at : at + 1]}
 
 
-def _summary(way: Way, reference: Way, differences: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(way: Way, differences: list[dict[str, Any]]) -> dict[str, Any]:
     rates = [sum(t) / sum(s) for t, s in zip(way.tokens, way.seconds, strict=True)]
     stats = GenerationStats("lossless", True, way.records)
     return {
@@ -115,7 +164,8 @@ def _summary(way: Way, reference: Way, differences: list[dict[str, Any]]) -> dic
         "equal": not any(d["way"] == way.name for d in differences),
         "spread": [min(rates), max(rates)],
         "repeats": rates,
-        "rows_per_verification": _mean([1 + v.drafted for r in way.records for v in r]),
+        "rows_per_verification": _mean([1 + v.drafted for r in way.records for v in r]) if way.records else None,
+        "draft_ms": 1000 * way.draft_seconds / way.draft_forwards if way.draft_forwards else None,
     }
 
 

@@ -106,19 +106,45 @@ def outcome(result: Result) -> list[str]:
         sentences = [*check, "Drafting must not change the output, so these speeds do not count.", *sentences]
     else:
         sentences += check
+    if all_equal(result) is not False:
+        sentences += domain_outcome(result.get("domain") or {})
     if result.get("short"):
         sentences.append("This was a short run that only checks that every part works: its numbers say little.")
     return sentences
 
 
+def module_ratio(result: Result) -> float | None:
+    """Speed of the faster of the ways with the module, times drafting off."""
+    found = [ratio_to_off(result, find_way(result, name)) for name in ("mtp", "both")]
+    return max(filter(is_number, found), default=None)
+
+
 def headline(result: Result) -> str:
-    model, speedup, equal = result.get("model") or "The target model", result.get("speedup_vs_off"), all_equal(result)
+    """What the module brings, in one line; where it loses, the line says so."""
+    model, speedup, equal = result.get("model") or "The target model", module_ratio(result), all_equal(result)
     if equal is False:
         return "The outputs differ: these speeds do not count"
     if not is_number(speedup):
         return f"{model}: ways of decoding compared"
     same = ", token for token the same" if equal else ""
-    return f"{model}, {speedup:.2f} times as fast{same}" if speedup > 1 else f"{model}: drafting did not pay here{same}"
+    if speedup <= 1:
+        return f"{model}: the MTP module did not pay here{same}"
+    beaten = ", yet slower than lookup alone" if result.get("best") == "lookup" else ""
+    return f"{model}, {speedup:.2f} times as fast with its MTP module{beaten}{same}"
+
+
+def domain_outcome(domain: Result) -> list[str]:
+    """What training on one kind of prompts brought, in plain sentences."""
+    ways = {name: find_way(domain, name) for name in ("both", "shipped", "off")}
+    rates = {name: way.get("tokens_per_second") for name, way in ways.items()}
+    if not all(is_number(rates[name]) for name in ("both", "off")):
+        return []
+    text = f"On {domain.get('name') or 'your kind of prompts'} the module trained here, beside prompt lookup, writes "
+    text += f"{rates['both']:.1f} tokens per second, {rates['both'] / rates['off']:.2f} times drafting off"
+    if is_number(rates["shipped"]):
+        text += f"; the shipped module {rates['shipped']:.1f}, {rates['shipped'] / rates['off']:.2f} times"
+    check = equality_statement(domain)
+    return [f"{text}.", *([check] if check else [])]
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -133,8 +159,10 @@ def way_table(result: Result) -> tuple[list[str], list[list[str | None]]]:
         "spread": spread_text,
         "times off": lambda way: fixed(ratio_to_off(result, way), 2),
         "tau": lambda way: fixed(way.get("tau"), 2),
+        "tau, fixed": lambda way: fixed(way.get("tau_fixed"), 2),
+        "rows": lambda way: fixed(way.get("rows_per_verification"), 1),
+        "draft ms": lambda way: fixed(way.get("draft_ms"), 2),
         "tokens": lambda way: whole(way.get("tokens")),
-        "seconds": lambda way: fixed(way.get("seconds")),
         "equal": lambda way: equal_words.get(way.get("equal")),
     }
     ways = result.get("ways") or []
@@ -145,6 +173,14 @@ def way_table(result: Result) -> tuple[list[str], list[list[str | None]]]:
 
 def plain_table(result: Result) -> str:
     """The comparison as aligned text, for files, pipes and logs."""
+    domain = result.get("domain") or {}
+    parts = [*_aligned(result)]
+    if domain.get("ways"):
+        parts += [f"{domain.get('name') or 'your kind of prompts'}:", "", *_aligned(domain)]
+    return "\n".join(line.rstrip() for line in [*parts, *outcome(result)])
+
+
+def _aligned(result: Result) -> list[str]:
     heads, rows = way_table(result)
     lines = [heads, *[[cell or "" for cell in row] for row in rows]] if rows else []
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -155,4 +191,4 @@ def plain_table(result: Result) -> str:
     if aligned:
         aligned.insert(1, "-" * len(aligned[0]))
         aligned.append("")
-    return "\n".join(line.rstrip() for line in [*aligned, *outcome(result)])
+    return aligned

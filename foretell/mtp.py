@@ -11,18 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from foretell.checkpoint import check_target, load_tensors, read_config, save_module
 from foretell.data.collate import to_batch
 from foretell.decoding.adaptive import AdaptiveLength, CostCurve, FixedLength
-from foretell.decoding.compose import Composed
-from foretell.decoding.generate import MTPGenerateOutput, callers_streamer, generate_rows
-from foretell.decoding.lookup import PromptLookup
+from foretell.decoding.generate import MTPGenerate, MTPGenerateOutput
 from foretell.decoding.loop import Decoder
 from foretell.decoding.policies import SPANS
-from foretell.decoding.spans import SpanDecoder, SpanLength, span_drafts, threshold_of
-from foretell.decoding.trees import Tree, check_tree
+from foretell.decoding.spans import SpanDecoder, SpanLength
 from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
 from foretell.models.target import Target, TargetRows
@@ -30,7 +26,6 @@ from foretell.ops.losses import linear_loss
 from foretell.ops.shift import check_depth, next_labels, prefix_labels
 from foretell.types import Drafter, LossSum
 
-LAYOUTS = ("linear", "quadratic", "auto", "two_pass")
 LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 
 
@@ -227,7 +222,6 @@ class MTPModel(nn.Module):
         draft_tree: Sequence[Sequence[int]] | None = None,
         draft_layout: str | None = None,
         generator: torch.Generator | None = None,
-        streamer: Any = None,
         slots: int = 64,
         **kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
@@ -251,7 +245,9 @@ class MTPModel(nn.Module):
         Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
         tokenizer, ...). Raises ValueError naming what it cannot honour (beams, constraints, ...).
         """
-        run = custom_generate(
+        if kwargs.get("cache_implementation") == "paged":  # transformers goes another way before it asks for a run
+            raise ValueError("foretell's generate cannot honour: cache_implementation='paged'. Leave it out.")
+        run = MTPGenerate(
             self,
             num_draft_tokens=num_draft_tokens,
             policy=policy,
@@ -262,14 +258,7 @@ class MTPModel(nn.Module):
             draft_layout=draft_layout,
             generator=generator,
             slots=slots,
-            streamer=streamer,
         )
-        # transformers keeps these from a custom_generate, or goes another way before it asks for one
-        lost = [name for name in ("assistant_model", "synced_gpus") if kwargs.get(name)]
-        lost += ["cache_implementation='paged'"] if kwargs.get("cache_implementation") == "paged" else []
-        if lost:
-            raise ValueError(f"foretell's generate cannot honour: {', '.join(lost)}. Its drafters stand in `drafter`.")
-        _own_stop_strings(kwargs, self.model)
         was_training = self.training
         self.eval()
         try:
@@ -309,7 +298,7 @@ class MTPModel(nn.Module):
         curve, key = self.cost_curve(), (drafter, do_sample, layout, length, policy, threshold)
         made = FixedLength(curve, length) if isinstance(length, int) else AdaptiveLength(curve, LONGEST_AUTO)
         if policy in SPANS:
-            longest = min(_looks_ahead(self), LONGEST_AUTO)
+            longest = min(self.module.longest_draft, LONGEST_AUTO)
             made = SpanLength(curve, longest, certain=policy == "static_k", masks=self.module.lays_masks)
         return self._adaptive.setdefault(key, made) if isinstance(drafter, str) else made
 
@@ -331,161 +320,12 @@ class MTPModel(nn.Module):
         return self._decoder
 
 
-def _own_stop_strings(kwargs: dict[str, Any], model: nn.Module) -> None:
-    """transformers 5.23 loses `tokenizer` on the way to a custom_generate, so the criterion is made here."""
-    given_to_model = model.generation_config.stop_strings
-    strings = kwargs.pop("stop_strings", None) or getattr(kwargs.get("generation_config"), "stop_strings", None)
-    strings = strings or given_to_model
-    tokenizer = kwargs.pop("tokenizer", None)
-    if not strings:
-        return
-    if tokenizer is None:
-        raise ValueError("stop_strings need the model's tokenizer: pass tokenizer=... to generate.")
-    if kwargs.get("generation_config") is not None and kwargs["generation_config"].stop_strings:
-        import copy
-
-        kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
-        kwargs["generation_config"].stop_strings = None
-    if given_to_model:
-        kwargs["stop_strings"] = None  # wins over the model's own
-    given = list(kwargs.pop("stopping_criteria", None) or [])
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
-
-
-def _drafter_of(
-    mtp: MTPModel, drafter: Any, sample: bool, tree: Tree | None, layout: str | None, masks: int
-) -> Drafter:
-    if isinstance(drafter, str):
-        names = drafter.split("+")
-        unknown = [name for name in names if name not in ("mtp", "lookup")]
-        if unknown:
-            raise ValueError(f"drafter: got {drafter!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or Drafter objects.")
-        module_drafter: Any = mtp.drafter(sample) if "mtp" in names else None
-        if module_drafter is not None and mtp.module.guesses_trees:
-            module_drafter.tree = tree
-        if module_drafter is not None and mtp.module.lays_masks:
-            module_drafter.layout, module_drafter.masks = layout or "quadratic", masks
-        drafter = [module_drafter if name == "mtp" else PromptLookup() for name in names]
-        drafter.sort(key=lambda one: one.name != "lookup")  # what costs nothing proposes first
-    drafters = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
-    return drafters[0] if len(drafters) == 1 else Composed(drafters)
-
-
-def _layout_of(mtp: MTPModel, layout: str | None, drafter: Any, length: int | str) -> str | None:
-    """The layout of a masked module's rows; None for other methods."""
-    by_name = isinstance(drafter, str) and "mtp" in drafter.split("+")
-    if layout is not None and (layout not in LAYOUTS or not (mtp.module.lays_masks and by_name and length)):
-        raise ValueError(
-            f"draft_layout: got {layout!r} for method {mtp.mtp_config.method!r}, drafter {drafter!r} and "
-            f"num_draft_tokens={length!r}, wanted one of {', '.join(LAYOUTS)} for a masked module that drafts."
-        )
-    if not (mtp.module.lays_masks and by_name and length):
-        return None
-    return layout or _usual_layout(mtp)
-
-
-def _usual_layout(mtp: MTPModel) -> str:
-    return "two_pass" if getattr(mtp.mtp_config, "mask_tokens", None) == "noise" else "auto"
-
-
-def _default_length(mtp: MTPModel, layout: str | None) -> int:
-    """Drafts a verification: the module's depth, and in two passes the target's own token before them."""
-    two_passes = mtp.module.lays_masks and (layout or _usual_layout(mtp)) == "two_pass"
-    return mtp.mtp_config.depth + two_passes
-
-
-def _looks_ahead(mtp: MTPModel) -> int:
-    """Tokens beyond the target's own that the module can say in one round."""
-    return mtp.mtp_config.depth if mtp.module.lays_masks else getattr(mtp.drafter(), "longest", mtp.mtp_config.depth)
-
-
-def custom_generate(
-    mtp: MTPModel,
-    *,
-    num_draft_tokens: int | str | None = None,
-    policy: str = "lossless",
-    confidence_threshold: float | None = None,
-    drafter: str | Drafter | Sequence[Drafter] = "mtp",
-    draft_sample_method: str = "greedy",
-    draft_tree: Sequence[Sequence[int]] | None = None,
-    draft_layout: str | None = None,
-    generator: torch.Generator | None = None,
-    slots: int = 64,
-    streamer: Any = None,
-) -> Callable[..., Tensor | MTPGenerateOutput]:
+def custom_generate(mtp: MTPModel, **settings: Any) -> Callable[..., Tensor | MTPGenerateOutput]:
     """For transformers' extension point: model.generate(**inputs, custom_generate=foretell.custom_generate(mtp)).
 
-    The arguments are those of MTPModel.generate.
+    settings: foretell's own arguments of MTPModel.generate. They may stand in the call of model.generate as well.
     """
-    threshold = threshold_of(policy, confidence_threshold)
-    if policy in SPANS:
-        drawn = None if draft_sample_method == "greedy" else draft_sample_method
-        how = {"draft_tree": draft_tree, "draft_layout": draft_layout, "draft_sample_method": drawn}
-        num_draft_tokens = span_drafts(policy, num_draft_tokens, _looks_ahead(mtp), drafter, **how)
-    length = _default_length(mtp, draft_layout) if num_draft_tokens is None else num_draft_tokens
-    if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
-        raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
-    layout = None if policy in SPANS else _layout_of(mtp, draft_layout, drafter, length)
-    longest = None
-    if drafter == "mtp" and length != "auto" and length:
-        longest = _default_length(mtp, layout) if layout else getattr(mtp.drafter(), "longest", None)
-    if longest is not None and int(length) > longest:
-        raise ValueError(
-            f"num_draft_tokens: got {length}, but this module drafts at most {longest} (depth={mtp.mtp_config.depth}); "
-            "shared_module=True can be reused further."
-        )
-    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-        raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
-    if draft_sample_method not in ("greedy", "probabilistic"):
-        raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
-    tree = None if draft_tree is None else check_tree(draft_tree, mtp.mtp_config.depth)
-    by_name = isinstance(drafter, str) and "mtp" in drafter.split("+")
-    fixed = length not in (0, "auto") and draft_sample_method == "greedy"
-    if tree is not None and not (mtp.module.guesses_trees and by_name and fixed):
-        raise ValueError(
-            "draft_tree: wanted parallel heads (method 'heads') among the drafters, num_draft_tokens of at least 1 and "
-            f"greedy drafts; got method {mtp.mtp_config.method!r}, drafter {drafter!r}, num_draft_tokens={length!r}, "
-            f"{draft_sample_method!r} drafts."
-        )
-
-    def run(
-        model: nn.Module,
-        input_ids: Tensor,
-        logits_processor: list,
-        stopping_criteria: list,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        **model_kwargs: Any,
-    ) -> Tensor | MTPGenerateOutput:
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        sample = draft_sample_method == "probabilistic" and bool(generation_config.do_sample)
-        masks = mtp.mtp_config.depth
-        if isinstance(length, int):  # in two passes the first draft is the target's own token
-            masks = min(max(length - (layout == "two_pass"), 1), masks)
-        chosen = None if length == 0 else _drafter_of(mtp, drafter, sample, tree, layout, masks)
-        adaptive = None
-        if length == "auto" or (layout == "auto" and length):
-            adaptive = mtp.adaptive(drafter, bool(generation_config.do_sample), layout, length, policy, threshold)
-        return generate_rows(
-            mtp.decoder(chosen, policy),
-            input_ids.to(mtp.device),
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            num_draft_tokens=length,
-            policy=policy,
-            confidence_threshold=threshold,
-            reference=mtp.reference,
-            generator=generator,
-            streamer=streamer if streamer is not None else callers_streamer(),
-            synced_gpus=synced_gpus,
-            slots=slots,
-            adaptive=adaptive,
-            **model_kwargs,
-        )
-
-    return run
+    return MTPGenerate(mtp, **settings)
 
 
 def get_mtp_model(model: nn.Module, config: MTPConfig | dict[str, Any] | str | Path) -> MTPModel:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import foretell
 from foretell.decoding.adaptive import AdaptiveLength, CostCurve, FixedLength
+from foretell.decoding.arguments import LAYOUTS
 from foretell.decoding.loop import Decoder
 from foretell.decoding.trees import lay_masks
 from foretell.methods.masked import MaskedConfig
@@ -31,7 +32,7 @@ from foretell.methods.masked_drafter import MaskedDrafter
 from foretell.models.fast import FusedLayer
 from foretell.models.gated_lora import GatedLinear
 from foretell.models.slot_cache import SlotCache
-from foretell.mtp import LAYOUTS, MTPModel, get_mtp_model
+from foretell.mtp import MTPModel, get_mtp_model
 from foretell.types import Draft, SequenceState
 
 K = 3

@@ -63,7 +63,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sample method": ("draft_sample_method: got 'best', wanted 'greedy'", {"draft_sample_method": "best"}),
     "slots": ("slots: got 0, wanted an integer of at least 1", {"slots": 0}),
     "too deep": ("got 4, but this module drafts at most 3", {"num_draft_tokens": 4}),
-    "no tokenizer": ("pass tokenizer=", {"stop_strings": ["a"]}),
+    "no tokenizer": ("tokenizer", {"stop_strings": ["a"]}),
 }
 
 
@@ -85,10 +85,10 @@ def test_a_cache_is_known_by_every_name(name):
     """transformers hands its own empty cache to every custom_generate; a user's is marked."""
     settings = GenerationConfig(max_new_tokens=4, max_length=13)
     model_kwargs = {"attention_mask": torch.ones_like(IDS), name: DynamicCache()}
-    refuse_unsupported(settings, model_kwargs, False)
+    refuse_unsupported(settings, model_kwargs)
     model_kwargs[name]._is_user_defined = True
     with pytest.raises(ValueError, match=f"{name} .foretell brings its own cache"):
-        refuse_unsupported(settings, model_kwargs, False)
+        refuse_unsupported(settings, model_kwargs)
 
 
 @pytest.mark.parametrize("length", [-1, 1.5, True, "some", [3]])
@@ -156,7 +156,7 @@ def test_generation_without_a_prompt_starts_from_bos():
 
 def test_stop_strings_of_the_models_own_config_need_a_tokenizer(monkeypatch):
     monkeypatch.setattr(mtp().model.generation_config, "stop_strings", ["a"])
-    refused("pass tokenizer=")
+    refused("tokenizer")
 
 
 def test_a_failed_call_leaves_nothing_behind():

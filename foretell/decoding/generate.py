@@ -17,9 +17,7 @@ from torch import Tensor
 from transformers.generation import stopping_criteria as sc
 from transformers.utils import ModelOutput
 
-from foretell.decoding.adaptive import AdaptiveLength
-from foretell.decoding.loop import Decoder
-from foretell.decoding.policies import check_policy
+from foretell.decoding.arguments import OWN, Plan, open_to_transformers
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.models.slot_cache import CACHE_NAMES
@@ -65,7 +63,7 @@ class Finish:
         return False
 
 
-def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
+def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """One ValueError that names every argument which our decoder would otherwise ignore."""
     bad = []
     mode = str(getattr(generation_config.get_generation_mode(), "value", ""))
@@ -79,8 +77,6 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any], syn
     own = [name for name in CACHE_NAMES if getattr(model_kwargs.get(name), "_is_user_defined", False)]
     bad += [f"{name} (foretell brings its own cache)" for name in own]
     bad += sorted(set(model_kwargs) - _HANDLED_KWARGS)
-    if synced_gpus:
-        bad.append("synced_gpus=True")
     if bad:
         raise ValueError(
             "foretell's generate cannot honour: "
@@ -89,34 +85,82 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any], syn
         )
 
 
-@torch.no_grad()
-def generate_rows(
-    decoder: Decoder,
-    input_ids_BT: Tensor,
-    *,
-    logits_processor: list,
-    stopping_criteria: list,
-    generation_config: Any,
-    num_draft_tokens: int | str,
-    policy: str = "lossless",
-    confidence_threshold: float | None = None,
-    reference: str = "the target",
-    generator: torch.Generator | None = None,
-    streamer: Any = None,
-    synced_gpus: bool = False,
-    slots: int = 64,
-    adaptive: AdaptiveLength | None = None,
-    **model_kwargs: Any,
-) -> Tensor | MTPGenerateOutput:
-    """The function behind `custom_generate`, once the decoder is bound. See MTPModel.generate."""
-    refuse_unsupported(generation_config, model_kwargs, synced_gpus)
-    check_policy(policy)
-    B, T = input_ids_BT.shape
-    if streamer is not None and B > 1:
-        raise ValueError(f"a streamer takes one sequence; got a batch of {B}.")
-    pad = _pad_token(generation_config)
-    mask_BT = model_kwargs.get("attention_mask")
+class MTPGenerate:
+    """What transformers calls as `custom_generate`: a module's decoding, with foretell's own arguments. Those may stand
+    in the call of transformers' generate too, and win there.
+    """
+
+    def __init__(self, mtp: Any, **own: Any) -> None:
+        self.mtp, self.own = mtp, own
+        Plan.of(mtp, **own)  # what is wrong is said at once
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return open_to_transformers()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: list,
+        stopping_criteria: list,
+        generation_config: Any,
+        tokenizer: Any = None,
+        callers_streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor | MTPGenerateOutput:
+        mtp, streamer = self.mtp, callers_streamer
+        if not any(part is model for part in mtp.model.modules()):
+            raise ValueError(
+                "custom_generate: got another model than the one that this MTPModel was made of; call generate of "
+                "mtp.model, or of mtp."
+            )
+        plan = Plan.of(mtp, **self.own | {name: model_kwargs.pop(name) for name in OWN if name in model_kwargs})
+        refuse_unsupported(generation_config, model_kwargs)
+        input_ids_BT = input_ids.to(mtp.device)
+        B, T = input_ids_BT.shape
+        if streamer is not None and B > 1:
+            raise ValueError(f"a streamer takes one sequence; got a batch of {B}.")
+        sample = bool(generation_config.do_sample)
+        sequences = _sequences(input_ids_BT, model_kwargs, _pad_token(generation_config))
+        scores, finish = RowScores(logits_processor, sample), Finish(stopping_criteria, B)
+        length: Any = plan.length
+        if length == "auto" or (plan.layout == "auto" and length):
+            length = mtp.adaptive(plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold)
+            length.begin()
+        stats = mtp.decoder(plan.drafters(mtp, plan.drawn and sample), plan.policy).run(
+            sequences,
+            scores,
+            finish,
+            max_tokens=max(finish.max_length or 0, T + 1),
+            num_draft_tokens=length,
+            policy=plan.policy,
+            confidence_threshold=plan.threshold,
+            reference=mtp.reference,
+            slots=plan.slots,
+            generator=plan.generator,
+            emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
+        )
+        if streamer is not None:
+            streamer.end()
+        width = max(len(s.new_tokens) for s in sequences)
+        new_BT = torch.full((B, width), _pad_token(generation_config), dtype=input_ids_BT.dtype)
+        for sequence in sequences:
+            new_BT[sequence.index, : len(sequence.new_tokens)] = torch.tensor(sequence.new_tokens)
+        out = torch.cat([input_ids_BT, new_BT.to(input_ids_BT.device)], dim=1)
+        return MTPGenerateOutput(sequences=out, stats=stats) if generation_config.return_dict_in_generate else out
+
+
+def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any], pad: int) -> list[SequenceState]:
+    """The rows of the caller's batch, without their left padding."""
+    T, mask_BT = input_ids_BT.shape[1], model_kwargs.get("attention_mask")
     mask_BT = torch.ones_like(input_ids_BT) if mask_BT is None else mask_BT
+    if mask_BT.shape != input_ids_BT.shape:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(mask_BT.shape)} for prompts of shape {tuple(input_ids_BT.shape)}, "
+            "wanted the same."
+        )
     sequences = []
     for index, (ids, mask) in enumerate(zip(input_ids_BT.tolist(), mask_BT.tolist(), strict=True)):
         left = mask.index(1) if 1 in mask else T
@@ -127,37 +171,7 @@ def generate_rows(
             )
         sequences.append(SequenceState(ids[left:], T - left, index, left_padding=left, pad_token_id=pad))
     _check_positions(model_kwargs.get("position_ids"), mask_BT)
-    finish = Finish(stopping_criteria, B)
-    length: int | AdaptiveLength
-    if adaptive is not None:
-        adaptive.begin()
-        length = adaptive
-    else:
-        assert isinstance(num_draft_tokens, int), "'auto' needs the one who adapts"
-        length = num_draft_tokens
-    stats = decoder.run(
-        sequences,
-        RowScores(logits_processor, bool(generation_config.do_sample)),
-        finish,
-        max_tokens=max(finish.max_length or 0, T + 1),
-        num_draft_tokens=length,
-        policy=policy,
-        confidence_threshold=confidence_threshold,
-        reference=reference,
-        slots=slots,
-        generator=generator,
-        emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
-    )
-    if streamer is not None:
-        streamer.end()
-    width = max(len(s.new_tokens) for s in sequences)
-    new_BT = torch.full((B, width), pad, dtype=input_ids_BT.dtype)
-    for sequence in sequences:
-        new_BT[sequence.index, : len(sequence.new_tokens)] = torch.tensor(sequence.new_tokens)
-    out = torch.cat([input_ids_BT, new_BT.to(input_ids_BT.device)], dim=1)
-    if generation_config.return_dict_in_generate:
-        return MTPGenerateOutput(sequences=out, stats=stats)
-    return out
+    return sequences
 
 
 def _check_positions(position_ids_BT: Tensor | None, mask_BT: Tensor) -> None:
@@ -174,13 +188,3 @@ def _pad_token(generation_config: Any) -> int:
         eos = generation_config.eos_token_id
         pad = eos[0] if isinstance(eos, list) else eos
     return 0 if pad is None else int(pad)
-
-
-def callers_streamer() -> Any:
-    """The streamer given to transformers' generate, which 5.23 does not hand on to a `custom_generate` function."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals and "streamer" in frame.f_locals:
-            return frame.f_locals["streamer"]
-        frame = frame.f_back
-    return None

@@ -96,6 +96,7 @@ class MTPModule(nn.Module):
 
     guesses_trees = False  # whether its drafter has a `tree` to be told which guesses to propose
     lays_masks = False  # whether its drafts come of mask rows that ride in the target's forward
+    usual_layout: str | None = None  # which rows carry masks, where the caller does not say; of modules that lay any
     shortest_text = 0  # tokens of a text below which there is nothing to train
     teacher: Target | None = None  # of proposals, where the target itself learns: a frozen copy, never saved
     reads_states = True  # whether the target's states are all it needs of a text, so that kept ones will do
@@ -109,6 +110,11 @@ class MTPModule(nn.Module):
             raise ValueError(f"draft_vocab_size: got {size}, wanted at most the model's {target.vocab_size}.")
         # until set_draft_vocabulary: the lowest ids, often bytes and short words
         self.register_buffer("draft_vocab_ids", None if size is None else torch.arange(size, device=target.device))
+
+    @property
+    def longest_draft(self) -> int:
+        """Tokens beyond the target's own that it can say in one round."""
+        return self.config.depth
 
     def set_draft_vocabulary(self, ids_M: Tensor) -> None:
         """Which tokens are drafted: sorted ids, as many as draft_vocab_size says."""

@@ -209,6 +209,7 @@ class MaskedModule(MTPModule):
                 "experts' matrices when it loads the adapter. Name the attention's linears."
             )
         self.gated = config.lora_gate or not adapters.paths
+        self.usual_layout = "two_pass" if config.mask_tokens == "noise" else "auto"
         self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters, self.gated)
         self.sampler = SamplerHead(target) if config.sampler else None
         # texts in one chunk, however long: what turns by a text's length, and (set by trainers) sharded parameters,

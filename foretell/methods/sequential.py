@@ -73,6 +73,11 @@ class SequentialModule(MTPModule):
             for _ in range(blocks)
         )
 
+    @property
+    def longest_draft(self) -> int:
+        """See MTPModule: one block for all depths can be reused further."""
+        return LONGEST_SHARED if self.config.shared_module else self.config.depth
+
     def block(self, depth: int) -> MTPBlock:
         """The block of a depth (1-based)."""
         return self.blocks[0 if self.config.shared_module else depth - 1]
@@ -140,7 +145,7 @@ class SequentialDrafter(ChainDrafter):
     def __init__(self, module: SequentialModule, target: Target, sample: bool = False) -> None:
         super().__init__(module, target, sample)
         # a module reused at every depth can go deeper than it was trained; separate modules end
-        self.longest = LONGEST_SHARED if module.config.shared_module else module.config.depth
+        self.longest = module.longest_draft
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)

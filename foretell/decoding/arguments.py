@@ -1,0 +1,153 @@
+"""foretell's own arguments of a generate call: what they ask for, and what is wrong with them, before any work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foretell.decoding.compose import Composed
+from foretell.decoding.lookup import PromptLookup
+from foretell.decoding.policies import SPANS, check_policy
+from foretell.decoding.spans import span_drafts, threshold_of
+from foretell.decoding.trees import Tree, check_tree
+from foretell.types import Drafter
+
+LAYOUTS = ("linear", "quadratic", "auto", "two_pass")
+# what transformers' generate takes and does not hand on to a custom_generate
+KEPT_BACK = ("tokenizer", "callers_streamer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a call asks for, resolved; see MTPModel.generate. length: drafts a verification, or "auto"."""
+
+    drafter: Any
+    length: int | str
+    layout: str | None
+    tree: Tree | None
+    masks: int
+    policy: str
+    threshold: float | None
+    drawn: bool
+    generator: torch.Generator | None
+    slots: int
+
+    @classmethod
+    def of(
+        cls,
+        mtp: Any,
+        *,
+        num_draft_tokens: int | str | None = None,
+        policy: str = "lossless",
+        confidence_threshold: float | None = None,
+        drafter: str | Drafter | Sequence[Drafter] = "mtp",
+        draft_sample_method: str = "greedy",
+        draft_tree: Sequence[Sequence[int]] | None = None,
+        draft_layout: str | None = None,
+        generator: torch.Generator | None = None,
+        slots: int = 64,
+    ) -> Plan:
+        """Raises ValueError for what does not fit the module, or each other."""
+        check_policy(policy)
+        threshold = threshold_of(policy, confidence_threshold)
+        by_name = isinstance(drafter, str) and "mtp" in drafter.split("+")
+        unknown = [] if not isinstance(drafter, str) else [n for n in drafter.split("+") if n not in ("mtp", "lookup")]
+        if unknown:
+            raise ValueError(f"drafter: got {drafter!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or Drafter objects.")
+        if policy in SPANS:
+            drawn = None if draft_sample_method == "greedy" else draft_sample_method
+            how = {"draft_tree": draft_tree, "draft_layout": draft_layout, "draft_sample_method": drawn}
+            num_draft_tokens = span_drafts(policy, num_draft_tokens, mtp.module.longest_draft, drafter, **how)
+        depth, module = mtp.mtp_config.depth, mtp.module
+        usual = draft_layout or module.usual_layout
+        length = depth + (usual == "two_pass") if num_draft_tokens is None else num_draft_tokens
+        if not (length == "auto" or (isinstance(length, int) and not isinstance(length, bool) and length >= 0)):
+            raise ValueError(f"num_draft_tokens: got {length!r}, wanted an integer of at least 0, or 'auto'.")
+        lays = bool(module.lays_masks and by_name and length)
+        if draft_layout is not None and (draft_layout not in LAYOUTS or not lays):
+            raise ValueError(
+                f"draft_layout: got {draft_layout!r} for method {mtp.mtp_config.method!r}, drafter {drafter!r} and "
+                f"num_draft_tokens={length!r}, wanted one of {', '.join(LAYOUTS)} for a masked module that drafts."
+            )
+        layout = usual if lays and policy not in SPANS else None
+        longest = depth + (layout == "two_pass") if layout else module.longest_draft
+        if drafter == "mtp" and isinstance(length, int) and policy not in SPANS and longest and length > longest:
+            raise ValueError(
+                f"num_draft_tokens: got {length}, but this module drafts at most {longest} (depth={depth}); "
+                "shared_module=True can be reused further."
+            )
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+            raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
+        if draft_sample_method not in ("greedy", "probabilistic"):
+            raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
+        tree = None if draft_tree is None else check_tree(draft_tree, depth)
+        fixed = length not in (0, "auto") and draft_sample_method == "greedy"
+        if tree is not None and not (module.guesses_trees and by_name and fixed):
+            raise ValueError(
+                "draft_tree: wanted parallel heads (method 'heads') among the drafters, num_draft_tokens of at least 1 "
+                f"and greedy drafts; got method {mtp.mtp_config.method!r}, drafter {drafter!r}, "
+                f"num_draft_tokens={length!r}, {draft_sample_method!r} drafts."
+            )
+        masks = depth
+        if isinstance(length, int):  # in two passes the first draft is the target's own token
+            masks = min(max(length - (layout == "two_pass"), 1), depth)
+        return cls(
+            drafter=drafter,
+            length=length,
+            layout=layout,
+            tree=tree,
+            masks=masks,
+            policy=policy,
+            threshold=threshold,
+            drawn=draft_sample_method == "probabilistic",
+            generator=generator,
+            slots=slots,
+        )
+
+    def drafters(self, mtp: Any, sample: bool) -> Drafter | None:
+        """Who drafts, with the module's part set up; sample: whether the module's drafts are drawn."""
+        if self.length == 0:
+            return None
+        drafter = self.drafter
+        if isinstance(drafter, str):
+            names = sorted(drafter.split("+"), key=lambda name: name != "lookup")  # what costs nothing proposes first
+            own: Any = mtp.drafter(sample) if "mtp" in names else None
+            if own is not None and mtp.module.guesses_trees:
+                own.tree = self.tree
+            if own is not None and mtp.module.lays_masks:
+                own.layout, own.masks = self.layout or "quadratic", self.masks
+            drafter = [own if name == "mtp" else PromptLookup() for name in names]
+        several = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
+        return several[0] if len(several) == 1 else Composed(several)
+
+
+OWN = tuple(name for name in inspect.signature(Plan.of).parameters if name != "mtp")
+
+
+def open_to_transformers() -> inspect.Signature:
+    """The signature of a custom_generate that gets all that was given to transformers' generate.
+
+    transformers (5.20 to 5.24) hands on what stands in the signature, and looks at it in a function that has taken the
+    tokenizer, the streamer and others out of the caller's keywords. They go back in, under names that are asked for.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+        frame = frame.f_back
+    if frame is not None:
+        taken = {**frame.f_locals, **frame.f_locals.get("generation_mode_kwargs", {})}
+        refused = [name for name in ("assistant_model", "synced_gpus") if taken.get(name)]
+        if refused:  # further on transformers would ask for more about an assistant, and forget the other
+            raise ValueError(
+                f"foretell's generate cannot honour: {', '.join(refused)}. Who drafts stands in `drafter`, and ranks "
+                "decode on their own."
+            )
+        for name in KEPT_BACK:
+            value = taken.get(name.removeprefix("callers_"))
+            if value is not None:
+                frame.f_locals["kwargs"][name] = value
+    names = ("model", "input_ids", *OWN, *KEPT_BACK)
+    return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])

@@ -25,6 +25,7 @@ from foretell.models.fast import fast_view, weights_version
 from foretell.models.gated_lora import GatedAdapters, MaskRows
 from foretell.models.graphs import StaticSteps
 from foretell.models.lean_layer import lean_layers
+from foretell.models.own_logits import LogitFormula, logit_formula, own_logits
 from foretell.models.slot_cache import SlotCache, cache_name
 
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
@@ -92,10 +93,7 @@ class Target:
         )
         self.embed_tokens: nn.Module = base.get_input_embeddings()
         self.head: nn.Module = base.get_output_embeddings()
-        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0)
-        if getattr(self.config, "logits_scaling", None):  # Granite divides
-            self.logit_scale /= float(self.config.logits_scaling)
+        self._formula = logit_formula(base)  # None: the model's own forward makes logits
         self._rotary_by_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         self._view: nn.Module | None = None
         self._version: tuple[int, ...] | None = None
@@ -154,17 +152,35 @@ class Target:
         return self.embed_tokens(input_ids)
 
     def logits(self, post_norm_ND: Tensor, view: bool = False) -> Tensor:
-        """[..., D] after the final norm -> [..., V], with the model's scaling and soft-capping."""
+        """[..., D] after the final norm -> [..., V], as the model makes them."""
         head = self.view().get_output_embeddings() if view else self.head
-        return self.scaled(head(post_norm_ND))
+        if self._formula is None:
+            state_BTD = post_norm_ND.reshape(1, -1, post_norm_ND.shape[-1])
+            return own_logits(self.model, state_BTD, head).view(*post_norm_ND.shape[:-1], -1)
+        return self._formula(head(post_norm_ND))
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """An output head's products, with the model's scaling and soft-capping."""
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        """What a head of a module's gives, as near to the model's scale as a formula says."""
+        return logits if self._formula is None else self._formula(logits)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies its head's products by."""
+        return self._for_losses().scale
+
+    @property
+    def softcap(self) -> float | None:
+        """What the model caps its logits at."""
+        return self._for_losses().softcap
+
+    def _for_losses(self) -> LogitFormula:
+        if self._formula is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} ({self.config.model_type}) makes its logits from its head's products "
+                "in a way of its own: its text is decoded with them, but losses here know a factor and a soft cap. "
+                "Train on a model without what changes its logits."
+            )
+        return self._formula
 
     def position_embeddings(self, hidden_BTD: Tensor, position_ids_BT: Tensor, layer_type: str | None = None) -> Any:
         """What the decoder's layers take as position_embeddings; per layer type where the model has several (Gemma
@@ -273,6 +289,7 @@ class Target:
         milliseconds."""
         if self._view is not None and self._weights_version() != self._version:
             self.release()
+        self._formula = logit_formula(self.model)
         self.view()
 
     def view(self) -> nn.Module:

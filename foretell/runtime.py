@@ -45,7 +45,7 @@ def provenance(command: list[str] | None = None) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    hardware: dict[str, Any] = {"cpu": _cpu_model(), "cores": _cores()}
+    hardware: dict[str, Any] = {"cpu": cpu_model(), "cores": _cores()}
     with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system has these names
         hardware["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")
@@ -75,12 +75,30 @@ def _commit() -> dict[str, Any]:
     return {"commit": commit.stdout.strip(), "uncommitted_changes": bool(status.stdout.strip())}
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """As the system names it."""
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> str:
+    """The instructions for vectors and matrices that the system lists, "" where it lists none."""
+    kinds = ("avx", "fma", "amx", "asimd", "sve", "bf16", "i8mm")
+    return " ".join(sorted(flag for flag in _cpu_line("flags", "Features").split() if flag.startswith(kinds)))
+
+
+def _cpu_line(*names: str) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(names):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def cache_folder() -> Path:
+    """Where foretell keeps what it measured: FORETELL_CACHE, or `foretell` in the user's cache folder."""
+    return Path(
+        os.environ.get("FORETELL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "foretell")
+    ).expanduser()
 
 
 def _cores() -> int:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks, foretell_attention
 from foretell.models.gated_lora import GatedAdapters, GatedLinear, RowAdapter
-from foretell.models.linears import COPIES, FusedRMSNorm, NormedLinear, PackedLinear, fused_norm
+from foretell.models.kernels import settle
+from foretell.models.linears import PACKABLE, FusedRMSNorm, NormedLinear, PackedLinear, fused_norm
 from foretell.models.slot_cache import CACHE_NAMES
 
 _PACKED_LIMIT = 0.4  # of free memory: a large model on a small machine goes without
@@ -34,7 +35,7 @@ PLAIN_LAYERS: dict[str, Callable[[Any], int | None]] = {
 def _can_pack(module: nn.Module) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    size = COPIES * sum(m.weight.numel() * 4 for m in module.modules() if type(m) is nn.Linear)
+    size = sum(m.weight.nbytes for m in module.modules() if type(m) is nn.Linear)
     try:
         import psutil
 
@@ -166,7 +167,7 @@ class FusedLayer(nn.Module):
 
 def _norm_in_order(norm: nn.Module | None, order_E: Tensor) -> nn.Module | None:
     fused = None if norm is None else fused_norm(norm)
-    return None if fused is None else FusedRMSNorm(fused.weight[order_E], fused.eps)
+    return None if fused is None else FusedRMSNorm(fused.weight[order_E], fused.eps, fused.rounded)
 
 
 def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
@@ -204,6 +205,7 @@ def fast_view(module: nn.Module, gated: tuple[GatedAdapters, str] | None = None)
     on_cpu = all(p.device.type == "cpu" for p in module.parameters())
     pack = on_cpu and _can_pack(module)
     _swap(view, Rotation() if pack else None, gated, "")
+    settle(view)
     return view
 
 
@@ -211,7 +213,7 @@ def _swap(parent: nn.Module, rotation: Rotation | None, gated: tuple[GatedAdapte
     for name, child in list(parent.named_children()):
         at = f"{path}.{name}" if path else name
         fast: nn.Module | None = None if rotation is None else _fused_layer(child, rotation)
-        if fast is None and rotation is not None and type(child) is nn.Linear and child.weight.dtype == torch.float32:
+        if fast is None and rotation is not None and type(child) is nn.Linear and child.weight.dtype in PACKABLE:
             fast = PackedLinear.of(child)
         if fast is None:
             fast = fused_norm(child)

@@ -1,7 +1,7 @@
-"""Linears and norms of a decoding copy on a CPU: packed weights, fused norms, both held against what they stand for.
+"""Linears and norms of a decoding copy: what each computes has one meaning and several kernels, see `kernels`.
 
-PyTorch's fp32 `F.linear` on a CPU doubles in cost from three rows to four; weights packed for oneDNN stay nearly flat
-up to about sixteen, and a transposed copy reads fastest for a single row.
+PyTorch's fp32 `F.linear` on a CPU doubles in cost from one row to two; weights packed for oneDNN stay nearly flat up to
+about sixteen rows, and on some machines a transposed copy reads fastest for a single one.
 """
 
 # N rows flattened, D width.
@@ -14,83 +14,117 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PACKED_FROM_ROWS = 4  # below this the matrix product's vector kernels win
-COPIES = 2  # that a packed linear keeps of its weight
+from foretell.models.kernels import Measured
+
+PACKED, TRANSPOSED, DOUBLED = "packed", "transposed", "doubled"
+PACKABLE = (torch.float32, torch.bfloat16)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Measured):
     """One or several linears of the same input side by side: [..., in] -> [..., out of all].
 
-    Keeps two copies of the weights: transposed for one row, packed for oneDNN for four rows and more.
+    Beside the weights themselves at most one copy of them is kept.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        super().__init__()
-        self.weights = [weight.detach() for weight in weights]  # [out, in] each
+        weights = [weight.detach() for weight in weights]  # [out, in] each
+        outs, width, dtype = [len(weight) for weight in weights], weights[0].shape[1], weights[0].dtype
+        has_bias = any(bias is not None for bias in biases)
+        key = f"linear {width} -> {'+'.join(map(str, outs))}{' + bias' * has_bias} {dtype}"
+        super().__init__(key, width, weights, (PACKED, TRANSPOSED) if dtype in PACKABLE else ())
         self.weight = self.weights[0]  # for modelling code that asks a linear for its dtype or device
-        self.in_features = self.weight.shape[1]
-        self.out_features = sum(len(weight) for weight in weights)
+        self.in_features, self.out_features = width, sum(outs)
         self.bias: Tensor | None = None
-        if any(bias is not None for bias in biases):
+        if has_bias:
             each = [w.new_zeros(len(w)) if b is None else b for b, w in zip(biases, self.weights, strict=True)]
             self.bias = torch.cat(each).detach()
-        together = torch.cat(self.weights)
-        self.transposed = together.t().contiguous()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(together, 16)
+        self._biases = [None] * len(outs) if self.bias is None else self.bias.split(outs)
 
     @classmethod
     def of(cls, *linears: nn.Linear) -> PackedLinear:
         """The linears as they are."""
         return cls([linear.weight for linear in linears], [linear.bias for linear in linears])
 
+    def part(self, share: float) -> PackedLinear:
+        """See Measured."""
+        most = [max(1, int(len(weight) * share)) for weight in self.weights]
+        biases = [None if b is None else b[:n] for b, n in zip(self._biases, most, strict=True)]
+        part = PackedLinear([weight[:n] for weight, n in zip(self.weights, most, strict=True)], biases)
+        part.key = self.key
+        return part
+
+    def prepare(self, kernel: str) -> Tensor:
+        """See Measured."""
+        together = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
+        if kernel == TRANSPOSED:
+            return together.t().contiguous()
+        return torch.ops.mkldnn._reorder_linear_weight(together, 16)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        rows = x.numel() // self.in_features
-        if rows >= PACKED_FROM_ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        x_ND = x.reshape(rows, self.in_features)
-        if rows == 1:
-            out = torch.mm(x_ND, self.transposed)
-        else:
-            out, at = x.new_empty(rows, self.out_features), 0
-            for weight in self.weights:
-                torch.mm(x_ND, weight.t(), out=out[:, at : at + len(weight)])
-                at += len(weight)
-        if self.bias is not None:
-            out += self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return self.run(self.kernel(x.numel() // self.in_features), x)
+
+    def run(self, kernel: str, x: Tensor) -> Tensor:
+        """See Measured."""
+        if kernel == PACKED:
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.kept[PACKED], self.bias, "none", [], "")
+        if kernel == TRANSPOSED:
+            x_ND, weight_DO = x.reshape(-1, self.in_features), self.kept[TRANSPOSED]
+            out = torch.mm(x_ND, weight_DO) if self.bias is None else torch.addmm(self.bias, x_ND, weight_DO)
+            return out.view(*x.shape[:-1], self.out_features)
+        parts = [F.linear(x, weight, bias) for weight, bias in zip(self.weights, self._biases, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + forward(x), in one operation where that helps."""
-        rows = x.numel() // self.in_features
-        if rows >= PACKED_FROM_ROWS:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
-        if rows == 1 and self.bias is None:
-            return torch.addmm(residual.view(1, -1), x.view(1, -1), self.transposed).view(residual.shape)
+        """residual + forward(x): in fp32 one operation where there is one; narrower numbers are rounded twice, as a
+        model rounds them.
+        """
+        if x.dtype == torch.float32:
+            kernel = self.kernel(x.numel() // self.in_features)
+            if kernel == PACKED:
+                packed = self.kept[PACKED]
+                return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, self.bias, "add")
+            if kernel == TRANSPOSED and self.bias is None:
+                x_ND, residual_NO = x.reshape(-1, self.in_features), residual.reshape(-1, self.out_features)
+                return torch.addmm(residual_NO, x_ND, self.kept[TRANSPOSED]).view(residual.shape)
         return residual + self(x)
 
 
-class FusedRMSNorm(nn.Module):
+class FusedRMSNorm(Measured):
     """y = x / rms(x) * weight.
 
     A CPU has one kernel for LayerNorm and seven for RMSNorm, and a few rows are all overhead: [x, -x] has mean zero and
     variance rms(x)^2, so the first half of its LayerNorm is the RMSNorm.
+    rounded: x / rms(x) is rounded to x's dtype before the weight multiplies it.
     """
 
-    FEW = 16 * 1024  # numbers, below which the detour wins
+    def __init__(self, weight: Tensor, eps: float, rounded: bool = False) -> None:
+        weight = weight.detach()
+        super().__init__(f"norm {len(weight)}{' rounded' * rounded} {weight.dtype}", len(weight), [weight], (DOUBLED,))
+        self.weight, self.eps, self.rounded = weight, eps, rounded
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = weight, eps
-        self.width = weight.shape[0]
-        self.doubled = torch.cat([weight, weight]).detach()
+    def part(self, share: float) -> FusedRMSNorm:
+        """See Measured."""
+        return FusedRMSNorm(self.weight, self.eps, self.rounded)
+
+    def prepare(self, kernel: str) -> Tensor:
+        """See Measured."""
+        return torch.cat([self.weight, self.weight])
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
-        if x.numel() < self.FEW and x.device.type == "cpu" and x.dtype == torch.float32:
-            both = torch.cat([x, -x], dim=-1)
-            return F.layer_norm(both, (2 * self.width,), self.doubled, None, self.eps)[..., : self.width]
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        return self.run(self.kernel(x.numel() // self.width), x)
+
+    def run(self, kernel: str, x: Tensor) -> Tensor:
+        """See Measured."""
+        if kernel == DOUBLED:
+            both, gain = torch.cat([x, -x], dim=-1), None if self.rounded else self.kept[DOUBLED]
+            out = F.layer_norm(both, (2 * self.width,), gain, None, self.eps)[..., : self.width]
+        elif self.rounded or x.dtype == self.weight.dtype:
+            out = F.rms_norm(x, (self.width,), None if self.rounded else self.weight, self.eps)
+        else:
+            out = F.rms_norm(x.to(self.weight.dtype), (self.width,), self.weight, self.eps).to(x.dtype)
+        return out * self.weight if self.rounded else out
 
 
 def fused_norm(norm: nn.Module) -> nn.Module | None:
@@ -102,26 +136,33 @@ def fused_norm(norm: nn.Module) -> nn.Module | None:
     if "RMSNorm" not in type(norm).__name__ or weight is None or eps is None or weight.dim() != 1:
         return None
     probe = torch.linspace(-2, 3, 4 * weight.numel(), device=weight.device).view(4, -1).to(weight.dtype)
+    wide = weight.detach().float() if weight.dtype in (torch.bfloat16, torch.float16) else weight.detach()
+    candidates = [FusedRMSNorm(gain, eps) for gain in (wide, 1.0 + wide)]  # Llama's, and Gemma's zero-centred form
+    if wide.dtype != weight.dtype:
+        candidates.insert(0, FusedRMSNorm(weight.detach(), eps, rounded=True))
     with torch.no_grad():
         expected = norm(probe)
-        for candidate in (weight, 1.0 + weight):  # Llama's, and Gemma's zero-centred form
-            fused = FusedRMSNorm(candidate.detach(), eps)
-            if torch.allclose(fused(probe), expected, rtol=1e-5, atol=1e-6):
+        for fused in candidates:
+            if _same(fused(probe), expected):
                 return fused
     return None
 
 
+def _same(got: Tensor, wanted: Tensor) -> bool:
+    """Of narrow numbers one in a hundred may be the next one; another order of roundings changes one in five."""
+    if got.dtype != wanted.dtype:
+        return False
+    if got.dtype in (torch.float32, torch.float64):
+        return torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    return torch.allclose(got, wanted, rtol=2**-6, atol=0) and float((got != wanted).float().mean()) < 0.01
+
+
 class NormedLinear(nn.Module):
-    """linear(norm(x)). For one row the norm is one number: its gain is multiplied into the linear's transposed copy,
-    which from then on only this class may use.
-    """
+    """linear(norm(x))."""
 
     def __init__(self, norm: FusedRMSNorm, linear: PackedLinear) -> None:
         super().__init__()
         self.norm, self.linear = norm, linear
-        self.in_features, self.eps = linear.in_features, norm.eps
-        self.gained = linear.transposed.mul_(norm.weight.detach()[:, None])
-        self.bias = self.gained.new_zeros(1) if linear.bias is None else linear.bias
         self._norm, self._linear = norm.forward, linear.forward
 
     def normed(self, x_ND: Tensor) -> Tensor:
@@ -130,8 +171,4 @@ class NormedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if x.numel() != self.in_features:
-            return self._linear(self._norm(x))
-        x_D = x.reshape(-1)
-        scale = (float(torch.dot(x_D, x_D)) / self.in_features + self.eps) ** -0.5
-        return torch.addmm(self.bias, x_D[None], self.gained, alpha=scale).view(*x.shape[:-1], -1)
+        return self._linear(self._norm(x))

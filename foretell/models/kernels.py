@@ -1,0 +1,217 @@
+"""Which kernel computes a product fastest here, by its number of rows: measured at first use, then read from disk.
+
+A constant cannot be right on two machines: weights packed for oneDNN win at every number of rows on one CPU and lose a
+single row on another. Kernels round differently, so what was chosen once holds for the whole process.
+FORETELL_KERNELS=plain: nothing but PyTorch's own. FORETELL_CACHE: the folder that keeps what was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foretell.runtime import cache_folder, cpu_flags, cpu_model, write_json_atomic
+
+ROWS = (1, 2, 3, 4, 8, 16, 32, 64)  # what is between two is as the greater one, what is beyond as the last
+PLAIN = "plain"
+_SECONDS, _PASSES = 1.0, 8  # that a measurement takes at most; the first pass warms up, one more is always made
+_SAMPLE_BYTES, _PART_BYTES = 128 << 20, 32 << 20  # of weights in turn, more than caches hold; of one weight
+_NOISE = 0.03  # by less than that nothing wins
+
+_lock = threading.RLock()
+_known: dict[Path, dict[str, dict[str, Any]]] = {}
+
+
+class Measured(nn.Module):
+    """A product that several kernels can compute. Plain until `settle`.
+
+    kernels: beside PyTorch's own way, `PLAIN`. Each may need something of its own, made by `prepare`.
+    """
+
+    def __init__(self, key: str, width: int, weights: Sequence[Tensor], kernels: Sequence[str]) -> None:
+        super().__init__()
+        self.key, self.width, self.weights, self.like = key, width, list(weights), weights[0]
+        self.kernels = tuple(kernels) if self.like.device.type == "cpu" else ()
+        self.settled, self.kept = False, {}
+        self._by_rows = [PLAIN] * (ROWS[-1] + 1)
+
+    def kernel(self, rows: int) -> str:
+        """That runs for so many rows."""
+        return self._by_rows[min(rows, ROWS[-1])]
+
+    def part(self, share: float) -> Measured:
+        """Another of the same kind to measure, plain yet, of that share of the weights."""
+        raise NotImplementedError
+
+    def prepare(self, kernel: str) -> Tensor:
+        """What a kernel needs of its own."""
+        raise NotImplementedError
+
+    def run(self, kernel: str, x: Tensor) -> Tensor:
+        """[..., width] -> [..., out]."""
+        raise NotImplementedError
+
+    def keep(self, kernel: str) -> bool:
+        """Make a kernel ready, unless this machine has none, or one that computes something else."""
+        probe_ND = torch.linspace(-2, 3, 2 * self.width, device=self.like.device).sin().view(2, -1).to(self.like.dtype)
+        try:
+            self.kept[kernel] = self.prepare(kernel)
+            got, wanted = (self.run(name, probe_ND).double() for name in (kernel, PLAIN))
+        except (RuntimeError, AttributeError):  # an operation that this build of torch has not
+            self.kept.pop(kernel, None)
+            return False
+        near = 1e-4 if self.like.dtype == torch.float32 else 2e-2
+        if torch.allclose(got, wanted, rtol=near, atol=near * float(wanted.abs().max())):
+            return True
+        del self.kept[kernel]
+        return False
+
+    def take(self, table: Sequence[str]) -> None:
+        """Run these kernels, one for each of ROWS."""
+        self.settled = True
+        for kernel in sorted(set(table) - {PLAIN}):
+            if not self.keep(kernel):
+                warnings.warn(f"{self.key}: kernel {kernel!r} computes something else here; not used.", stacklevel=2)
+                table = [PLAIN if name == kernel else name for name in table]
+        bucket = [next(i for i, most in enumerate(ROWS) if rows <= most) for rows in range(ROWS[-1] + 1)]
+        self._by_rows = [table[i] for i in bucket]
+
+
+@torch.no_grad()
+def settle(root: nn.Module) -> None:
+    """Choose the kernels of every product below `root` that has none yet, and make what they need."""
+    wish = os.environ.get("FORETELL_KERNELS", "")
+    if wish not in ("", PLAIN):
+        raise ValueError(f"FORETELL_KERNELS: got {wish!r}, wanted {PLAIN!r} or nothing.")
+    groups: dict[str, list[Measured]] = {}
+    for module in root.modules():
+        if isinstance(module, Measured) and not module.settled and module.kernels and wish != PLAIN:
+            groups.setdefault(module.key, []).append(module)
+
+    def right(key: str, table: Any) -> bool:
+        names = [PLAIN, *groups[key][0].kernels]
+        is_table = isinstance(table, list) and len(table) == len(ROWS)
+        return is_table and all(name in names for name in table) and len({*table, PLAIN}) <= 2
+
+    tables = remembered("kernels", groups, right, lambda keys: measure({key: groups[key] for key in keys}))
+    for key, members in groups.items():
+        for member in members:
+            member.take(tables[key])
+
+
+def measure(groups: dict[str, list[Measured]]) -> dict[str, list[str]]:
+    """The kernels of each group of equal shapes for each of ROWS. The model's weights in turn, so that none is found in
+    a cache, kernels interleaved; the least time counts, because other work only adds.
+    """
+    end = time.perf_counter() + _SECONDS
+    parts: list[Measured] = []
+    for members in groups.values():
+        size = sum(weight.nbytes for weight in members[0].weights)
+        count = max(1, _SAMPLE_BYTES // len(groups) // min(size, _PART_BYTES))
+        parts += [member.part(min(1.0, _PART_BYTES / size)) for member in members[:count]]
+    for part in parts:
+        part.kernels = tuple(kernel for kernel in part.kernels if part.keep(kernel))
+    least: dict[tuple[str, str], list[float]] = {}
+    for again in range(1 + _PASSES):
+        for i, rows in enumerate(ROWS):
+            for kernel in sorted({PLAIN}.union(*(part.kernels for part in parts))):
+                for part in parts:
+                    if kernel == PLAIN or kernel in part.kernels:
+                        taken = seconds_of(part, kernel, part.like.new_ones(rows, part.width))
+                        times = least.setdefault((part.key, kernel), [float("inf")] * len(ROWS))
+                        times[i] = min(times[i], taken) if again else times[i]
+        if again and time.perf_counter() > end:
+            break
+    return {key: choose({name: times for (of, name), times in least.items() if of == key}) for key in groups}
+
+
+def seconds_of(part: Measured, kernel: str, x: Tensor) -> float:
+    """Of one product."""
+    start = time.perf_counter()
+    part.run(kernel, x)
+    return time.perf_counter() - start
+
+
+def choose(seconds: dict[str, list[float]]) -> list[str]:
+    """The kernel for each of ROWS. seconds: {kernel: its time at each of ROWS}.
+
+    One kernel at most beside the plain one, since each keeps a copy of the weight: that with the least time summed over
+    ROWS, in units of the least of all kernels. None at all where it hardly wins; within noise the one that is kept.
+    """
+    plain = seconds[PLAIN]
+    unit = [min(times) for times in zip(*seconds.values(), strict=True)]
+
+    def total(kernel: str) -> float:
+        return sum(min(p, s) / u for p, s, u in zip(plain, seconds[kernel], unit, strict=True))
+
+    best = min(seconds, key=total)
+    if total(best) > (1 - _NOISE) * total(PLAIN):
+        return [PLAIN] * len(plain)
+    return [best if s <= (1 + _NOISE) * p else PLAIN for p, s in zip(plain, seconds[best], strict=True)]
+
+
+# -- what was measured on this machine ---------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement holds for."""
+    return {
+        "cpu": cpu_model(),
+        "instructions": cpu_flags(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def remembered(
+    section: str, keys: Iterable[str], right: Callable[[str, Any], bool], make: Callable[[list[str]], dict[str, Any]]
+) -> dict[str, Any]:
+    """{key: value} as measured once on this machine; what is not known, or not `right`, is made and kept on disk."""
+    here = machine()
+    name = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
+    path = cache_folder() / f"measured-{name}.json"
+    with _lock:
+        if path not in _known:
+            try:
+                _known[path] = _read(path, here)
+            except ValueError as error:
+                warnings.warn(f"{path}: cannot be used ({error}); measured again.", stacklevel=2)
+                _known[path] = {}
+        known = _known[path].setdefault(section, {})
+        keys = list(keys)
+        missing = [key for key in keys if key not in known or not right(key, known[key])]
+        if missing:
+            if any(key in known for key in missing):
+                warnings.warn(f"{path}: wrong entries among its {section}; measured again.", stacklevel=2)
+            known.update(make(missing))
+            with suppress(ValueError):  # what other processes have found meanwhile
+                _known[path][section] = known = _read(path, here).get(section, {}) | known
+            with suppress(OSError):  # a folder that cannot be written: the next process measures again
+                write_json_atomic(path, {"machine": here, **_known[path]})
+        return {key: known[key] for key in keys}
+
+
+def _read(path: Path, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The file's sections; ValueError for one that is torn, or of another machine."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(found, dict) or found.pop("machine", None) != here:
+        raise ValueError("of another machine")
+    if not all(isinstance(section, dict) for section in found.values()):
+        raise ValueError("not what this writes")
+    return found

@@ -1,0 +1,325 @@
+"""Which kernel runs is what was measured: a wrong file, a wrong kernel and a slow copy have no say."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+from torch import Tensor, nn
+
+from foretell.models import kernels
+from foretell.models.fast import fast_view
+from foretell.models.kernels import PLAIN, ROWS, Measured, choose, settle
+from foretell.models.linears import DOUBLED, PACKED, TRANSPOSED, FusedRMSNorm, PackedLinear, fused_norm
+
+CLOCK = kernels.seconds_of
+packable = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Nothing is known yet."""
+    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FORETELL_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "_known", {})
+    monkeypatch.setattr(kernels, "seconds_of", CLOCK)
+    return tmp_path / "cache"
+
+
+def linear(outs: tuple[int, ...] = (24, 16), bias: bool = False, dtype: torch.dtype = torch.float32) -> PackedLinear:
+    torch.manual_seed(0)
+    return PackedLinear.of(*(nn.Linear(32, out, bias=bias, dtype=dtype) for out in outs))
+
+
+def taking(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> list[str]:
+    """A clock that says of each kernel at each of ROWS what stands there; the kernels it was asked about."""
+    asked: list[str] = []
+
+    def fake(part: Measured, kernel: str, x: Tensor) -> float:
+        asked.append(kernel)
+        return seconds[kernel][ROWS.index(len(x))]
+
+    monkeypatch.setattr(kernels, "seconds_of", fake)
+    return asked
+
+
+FLAT, FEW = [1.0] * 8, [1.0, 1.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+MACHINES = {
+    "packed wins": ({PLAIN: [2.0] * 8, PACKED: FLAT, TRANSPOSED: [1.5] * 8}, [PACKED] * 8),
+    "packed from four rows": ({PLAIN: FEW, PACKED: [1.5] * 8, TRANSPOSED: FEW}, [PLAIN] * 3 + [PACKED] * 5),
+    "transposed for few": (
+        {PLAIN: [2.0] * 3 + [1.0] * 5, PACKED: [3.0] * 8, TRANSPOSED: [1.0] * 3 + [2.0] * 5},
+        [TRANSPOSED] * 3 + [PLAIN] * 5,
+    ),
+    # each copy wins somewhere; one alone is kept
+    "two copies would pay": (
+        {PLAIN: [3.0] * 8, PACKED: [1.1] + [1.0] * 7, TRANSPOSED: [1.0] + [3.0] * 7},
+        [PACKED] * 8,
+    ),
+    "no copy pays": ({PLAIN: FLAT, PACKED: [1.1] * 8, TRANSPOSED: [1.2] * 8}, [PLAIN] * 8),
+    "a copy that hardly pays": ({PLAIN: FLAT, PACKED: [0.98] * 8, TRANSPOSED: FLAT}, [PLAIN] * 8),
+}
+
+
+@packable
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_kernel_is_the_one_that_was_fastest(monkeypatch, name):
+    seconds, wanted = MACHINES[name]
+    assert choose(seconds) == wanted
+    taking(monkeypatch, seconds)
+    product = linear()
+    settle(nn.ModuleList([product]))
+    assert [product.kernel(rows) for rows in ROWS] == wanted
+    assert set(product.kept) == set(wanted) - {PLAIN}, "no copy that no number of rows uses"
+    assert [product.kernel(rows) for rows in (5, 9, 1000)] == [wanted[4], wanted[5], wanted[7]]
+    x = torch.randn(3, 32)
+    ran = []
+    monkeypatch.setattr(PackedLinear, "run", lambda self, kernel, x: ran.append(kernel))
+    product(x)
+    assert ran == [wanted[2]], "what was chosen is what runs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_all_kernels_compute_the_same(dtype, bias):
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for outs in ((24,), (24, 16)):
+        product = linear(outs, bias, dtype)
+        weight = torch.cat(product.weights)
+        for kernel in product.kernels:
+            assert product.keep(kernel) or not torch.backends.mkldnn.is_available()
+        for kernel in (PLAIN, *product.kept):
+            product._by_rows = [kernel] * 65
+            for rows in (*range(1, 18), 31, 32, 33, 63, 64, 65):
+                for shape in ((rows, 32), (1, rows, 32)):
+                    x, residual = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], sum(outs)).to(dtype)
+                    wanted = F.linear(x, weight, product.bias)
+                    torch.testing.assert_close(product(x), wanted, **near)
+                    torch.testing.assert_close(product.plus(x, residual), residual + wanted, **near)
+                    assert float((product(x) - wanted.roll(1, -1)).abs().max()) > 0.1
+
+
+WRONG = {
+    "transposed": lambda weight: weight.t().contiguous(),
+    "zero": torch.zeros_like,
+    "doubled": lambda weight: 2 * weight,
+}
+
+
+@packable
+@pytest.mark.parametrize("name", WRONG)
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, name):
+    made = PackedLinear.prepare
+
+    def prepare(self: PackedLinear, kernel: str) -> Tensor:
+        true, self.weights = self.weights, [WRONG[name](torch.cat(self.weights))]
+        try:
+            return made(self, kernel)
+        finally:
+            self.weights = true
+
+    taking(monkeypatch, {PLAIN: [9.0] * 8, PACKED: FLAT, TRANSPOSED: FLAT})
+    good, bad = linear((32,)), linear((32,))
+    settle(nn.ModuleList([good]))
+    assert PACKED in good.kept
+    monkeypatch.setattr(PackedLinear, "prepare", prepare)
+    with pytest.warns(UserWarning, match="computes something else"):
+        settle(nn.ModuleList([bad]))  # chosen before, on disk: not even then
+    other = linear((32,), bias=True)
+    settle(nn.ModuleList([other]))  # or while it is measured
+    for product in (bad, other):
+        assert not product.kept and product.kernel(8) == PLAIN
+        x = torch.randn(8, 32)
+        assert torch.equal(product(x), F.linear(x, product.weight, product.bias))
+
+
+def test_a_kernel_that_the_machine_has_not_is_not_used(monkeypatch):
+    def none(self: PackedLinear, kernel: str) -> Tensor:
+        raise RuntimeError("not built with it")
+
+    monkeypatch.setattr(PackedLinear, "prepare", none)
+    product = linear()
+    settle(nn.ModuleList([product]))
+    assert not product.kept and [product.kernel(rows) for rows in ROWS] == [PLAIN] * 8
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process begins."""
+    monkeypatch.setattr(kernels, "_known", {})
+
+
+def settled(**settings: Any) -> list[str]:
+    product = linear(**settings)
+    settle(nn.ModuleList([product]))
+    return [product.kernel(rows) for rows in ROWS]
+
+
+@packable
+def test_measured_once_a_machine(monkeypatch, folder):
+    asked = taking(monkeypatch, MACHINES["packed from four rows"][0])
+    first = settled()
+    assert set(asked) == {PLAIN, PACKED, TRANSPOSED}
+    asked.clear()
+    taking(monkeypatch, MACHINES["transposed for few"][0])
+    assert settled() == first and not asked, "the same in one process, whatever a clock would say now"
+    forget(monkeypatch)
+    assert settled() == first and not asked, "and in the next one"
+    (file,) = folder.iterdir()
+    kept = json.loads(file.read_text())
+    assert kept["machine"]["threads"] == 1 and kept["machine"]["torch"] == torch.__version__
+    assert list(kept["kernels"]) == ["linear 32 -> 24+16 torch.float32"]
+    asked = taking(monkeypatch, MACHINES["transposed for few"][0])
+    assert settled(bias=True) != first and asked, "another shape is measured, what is known is not"
+    assert len(json.loads(file.read_text())["kernels"]) == 2
+
+
+@packable
+def test_other_threads_and_versions_are_another_machine(monkeypatch, folder):
+    taking(monkeypatch, MACHINES["packed from four rows"][0])
+    first = settled()
+    asked = taking(monkeypatch, MACHINES["transposed for few"][0])
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert settled() != first and asked
+    monkeypatch.undo()
+    monkeypatch.setenv("FORETELL_CACHE", str(folder))
+    assert len(list(folder.iterdir())) == 2
+
+
+def other_machine(text: str) -> str:
+    found = json.loads(text)
+    found["machine"]["cpu"] = "another"
+    return json.dumps(found)
+
+
+def with_entry(value: Any) -> Any:
+    def change(text: str) -> str:
+        found = json.loads(text)
+        found["kernels"] = dict.fromkeys(found["kernels"], value)
+        return json.dumps(found)
+
+    return change
+
+
+DAMAGED = {
+    "torn": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "binary": lambda text: "\x00\x00",
+    "of another machine": other_machine,
+    "a list": lambda text: "[]",
+    "no machine": lambda text: "{}",
+    "sections that are none": lambda text: json.dumps(json.loads(text) | {"kernels": 3}),
+    "an unknown kernel": with_entry(["fastest"] * 8),
+    "too few rows": with_entry([PACKED] * 3),
+    "a number": with_entry(3),
+    "lists of lists": with_entry([[PLAIN]] * 8),
+    "two copies": with_entry([TRANSPOSED] + [PACKED] * 7),
+}
+
+
+@packable
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_wrong_file_is_measured_again_and_said_once(monkeypatch, folder, name):
+    taking(monkeypatch, MACHINES["packed wins"][0])
+    assert settled() == [PACKED] * 8
+    (file,) = folder.iterdir()
+    file.write_text(DAMAGED[name](file.read_text()))
+    forget(monkeypatch)
+    taking(monkeypatch, MACHINES["packed from four rows"][0])
+    with pytest.warns(UserWarning, match="measured again") as said:
+        assert settled() == MACHINES["packed from four rows"][1]
+    assert len(said) == 1
+    forget(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert settled() == MACHINES["packed from four rows"][1], "and the file is whole again"
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "file" / "below"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert settled() == settled()
+
+
+def test_where_the_file_lies(monkeypatch):
+    monkeypatch.delenv("FORETELL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert kernels.cache_folder() == Path("/elsewhere/foretell")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert kernels.cache_folder() == Path.home() / ".cache" / "foretell"
+
+
+def test_plain_on_request(monkeypatch, folder):
+    monkeypatch.setenv("FORETELL_KERNELS", "plain")
+    view = fast_view(tiny_model())
+    products = [module for module in view.modules() if isinstance(module, PackedLinear)]
+    assert not any(product.kept for product in products) and not folder.exists()
+    x = torch.randn(5, 32)
+    for product in products:
+        if product.in_features == 32:
+            each = [F.linear(x, weight) for weight in product.weights]
+            assert torch.equal(product(x), torch.cat(each, dim=-1))
+    monkeypatch.setenv("FORETELL_KERNELS", "fast")
+    with pytest.raises(ValueError, match="FORETELL_KERNELS: got 'fast', wanted 'plain'"):
+        fast_view(tiny_model())
+
+
+# -- a model's view ----------------------------------------------------------------------------------------------------
+
+
+@packable
+@pytest.mark.parametrize("winner", [PACKED, TRANSPOSED, PLAIN])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_neox"])
+def test_one_copy_of_a_weight_at_most(monkeypatch, name, winner):
+    seconds = {kernel: [9.0] * 8 for kernel in (PLAIN, PACKED, TRANSPOSED, DOUBLED)} | {winner: FLAT}
+    taking(monkeypatch, seconds)
+    model = tiny_model(name)
+    state = torch.get_rng_state()
+    view = fast_view(model)
+    assert torch.equal(torch.get_rng_state(), state), "measuring draws nothing"
+    copies = [kept.numel() for m in view.modules() if isinstance(m, PackedLinear) for kernel, kept in m.kept.items()]
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert sum(copies) == (0 if winner == PLAIN else linears)
+    kinds = {kernel for m in view.modules() if isinstance(m, PackedLinear) for kernel in m.kept}
+    assert kinds == {winner} - {PLAIN}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_norms_round_as_the_model_rounds(name, dtype):
+    norm = tiny_model(name).to(dtype).model.norm
+    with torch.no_grad():
+        norm.weight.add_(torch.linspace(-0.3, 0.4, 32).to(dtype))
+    fused = fused_norm(norm)
+    assert fused.rounded == (dtype == torch.bfloat16 and name != "gemma2")
+    fused.keep(DOUBLED)
+    for rows in (1, 3, 64, 200):
+        x = (3 * torch.randn(rows, 32)).to(dtype)
+        wanted = norm(x)
+        for kernel in (PLAIN, DOUBLED):
+            got = fused.run(kernel, x)
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+            if dtype == torch.bfloat16:
+                assert float((got != wanted).float().mean()) < 0.01
+    if dtype == torch.bfloat16:  # the other order of roundings is seen
+        other = FusedRMSNorm(norm.weight if name == "gemma2" else norm.weight.float(), fused.eps, not fused.rounded)
+        assert float((other(x) != wanted).float().mean()) > 0.05
+
+
+def test_the_clock_itself():
+    """Without a fake: every kernel is timed, and what comes out is a table of them."""
+    product = linear((64, 64))
+    names = settled()
+    assert set(names) <= {PLAIN, *product.kernels}
+    seconds = kernels.seconds_of(product, PLAIN, torch.ones(4, 32))
+    assert 0 < seconds < 1

@@ -105,6 +105,12 @@ class SequenceState:
     pad_token_id: int = 0
     record: list[Verification] = field(default_factory=list)
     done: bool = False
+    reread_at: int = 0  # length of the text when it was read anew, since the model turned by other angles from there on
+
+    @property
+    def read_as(self) -> int:
+        """How long the text was when its first tokens were read: what angles may depend on."""
+        return max(self.prompt_length, self.reread_at)
 
     @property
     def new_tokens(self) -> list[int]:

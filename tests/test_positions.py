@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import Spy, knowing_mtp, leaning_model
+from drafters import Oracle, Spy, knowing_mtp, leaning_model
+from tiny import tiny_model
 from torch import Tensor, nn
 
+from foretell.decoding import loop
 from foretell.methods import chain
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
@@ -25,7 +27,7 @@ from foretell.models.attention import RowMasks
 from foretell.mtp import MTPModel, get_mtp_model
 
 BORDER = 32
-FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [16.0] * 4}
 
 
 def texts(*lengths: int) -> list[Tensor]:
@@ -59,9 +61,105 @@ def ours(mtp: MTPModel, rows: list[Tensor], new: int = 12, **settings: Any) -> l
     return out[:, batch["input_ids"].shape[1] :].tolist()
 
 
+# -- angles ------------------------------------------------------------------------------------------------------------
+
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": BORDER, "rope_theta": 100.0, **FACTORS}
+DYNAMIC = {"rope_type": "dynamic", "factor": 16.0, "rope_theta": 100.0}
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 100.0}
+BORDERED = {"original_max_position_embeddings": BORDER}
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("llama", PLAIN),
+    "linear": ("llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}),
+    "dynamic": ("llama", DYNAMIC),
+    "yarn": ("llama", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, **BORDERED}),
+    "longrope": ("qwen3", LONG),
+    "llama3": ("llama", {**LLAMA3, **BORDERED}),
+    "proportional": ("llama", {"rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": 0.5}),
+    "by layer: dynamic": ("gemma3_text", {"full_attention": DYNAMIC, "sliding_attention": PLAIN}),
+    "by layer: both": ("gemma3_text", {"full_attention": LONG, "sliding_attention": DYNAMIC}),
+    "by layer: longrope": ("gemma3_text", {"full_attention": PLAIN, "sliding_attention": LONG}),
+    "complex numbers": ("deepseek_v2", DYNAMIC),
+    "read anew": ("phi3", LONG),
+    "read anew, scaled": ("phimoe", {**LONG, "short_mscale": 1.0, "long_mscale": 1.5}),
+}
+MORE = {
+    "phi3": BORDERED,
+    "phimoe": {**BORDERED, "num_local_experts": 4},
+    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "deepseek_v2": {
+        "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+TURNING = [kind for kind, (_, rope) in ROPES.items() if "dynamic" in str(rope) or "longrope" in str(rope)]
+
+
+def turning(kind: str, make: Any = tiny_model) -> nn.Module:
+    """A model whose angles have their border at 32 tokens."""
+    name, rope = ROPES[kind]
+    length = 4 * BORDER if "longrope" in str(rope) and "dynamic" not in str(rope) else BORDER
+    return make(name, max_position_embeddings=length, rope_parameters=rope, **MORE.get(name, {}))
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_angles_are_those_of_each_text_alone(kind, monkeypatch):
+    """Below the border, across it in the prompt and while decoding, beyond; chunks, right and wrong drafts, slots."""
+    model = turning(kind)
+    rows = texts(5, 27, 31, 32, 33, 50)
+    wanted = own(model, rows, 8)
+    mtp = knowing_mtp(model)
+    truth = [row.tolist() + new for row, new in zip(rows, wanted, strict=True)]
+    for chunk, drafts in ((512, 0), (512, 3), (7, 2), (7, 5)):
+        monkeypatch.setattr(loop, "PREFILL_ROWS", chunk)
+        drafter = Oracle(truth, (2, 5, 0, 1))
+        told = ours(mtp, rows, 8, num_draft_tokens=drafts, drafter=drafter, slots=drafts + 2)
+        assert told == wanted, (chunk, drafts)
+    if kind in TURNING:  # the model itself says other words where it is asked for all of them at once
+        batch = padded(rows)
+        at_once = copy.deepcopy(model).generate(**batch, max_new_tokens=8, do_sample=False)
+        assert at_once[:, batch["input_ids"].shape[1] :].tolist() != wanted
+
+
+@pytest.mark.parametrize("method", ["sequential", "masked", "two passes", "layer"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "read anew"])
+def test_modules_draft_across_the_border(kind, method):
+    model = turning(kind, leaning_model)
+    rows = texts(29, 31, 34, 3)
+    mtp = knowing_mtp(model) if method == "sequential" else module_of(method.replace("two passes", "masked"), model)
+    wanted = own(model, rows, 7)
+    layout = {"draft_layout": "two_pass"} if method == "two passes" else {}
+    for drafts in (2, "auto"):
+        assert ours(mtp, rows, 7, num_draft_tokens=drafts, **layout) == wanted, drafts
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "by layer: both", "read anew, scaled"])
+def test_nothing_depends_on_what_was_read_before_nor_is_left_behind(kind):
+    model = turning(kind)
+    first, second = texts(60, 34)
+    wanted = own(model, [first, second])
+    mtp = knowing_mtp(model)
+
+    def state() -> list[Any]:
+        rotary = mtp.target.decoder.rotary_emb
+        return [
+            str(value)
+            for name, value in sorted({**vars(rotary), **rotary._buffers}.items())
+            if name[0] != "_" and name != "training"
+        ]
+
+    before = state()
+    assert [ours(mtp, [row])[0] for row in (first, second)] == wanted
+    mtp(input_ids=first[None])
+    assert state() == before
+    model.generate(first[None], max_new_tokens=12, do_sample=False)  # leaves its frequencies there
+    assert ours(mtp, [second]) == wanted[1:]
+
+
 # -- the model's length ------------------------------------------------------------------------------------------------
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": BORDER}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": BORDER}
 
 
 @pytest.mark.parametrize("rope", [None, YARN], ids=["plain", "yarn"])

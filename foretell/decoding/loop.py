@@ -8,6 +8,7 @@ Sequences are ragged: each accepts its own length, finished ones leave the batch
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -87,6 +88,7 @@ class Decoder:
                 self._admit([waiting.pop() for _ in range(min(free, len(waiting)))])
             if not self.active:
                 break
+            self._reread()
             for sequence, tokens in self._round():
                 if emit is not None and tokens:
                     emit(sequence, tokens)
@@ -157,6 +159,7 @@ class Decoder:
             visible=max(s.cached for s in active) + R,
             full=R == 1 and len({s.cached for s in active}) == 1,
             steps_BR=steps_BR,
+            read_as=[s.read_as for s in active],
         )
         rows.blocks = blocks
         self.stats.target_forwards += 1
@@ -173,14 +176,31 @@ class Decoder:
         if self.drafter is None or (self.adaptive is None and self.length == 0):
             return [Draft() for _ in self.active]
         if self.adaptive is None:
-            return self.drafter.draft(self.active, [self.length] * len(self.active))
-        lengths = self.adaptive.begin_round(len(self.active))
+            return self.drafter.draft(self.active, [min(self.length, self._room(s)) for s in self.active])
+        asked = self.adaptive.begin_round(len(self.active))
+        lengths = [min(length, self._room(s)) for s, length in zip(self.active, asked, strict=True)]
         if not any(lengths):
             self._proposed = [Draft() for _ in self.active]
             return self._proposed
         self._proposed, spent = timed_draft(self.drafter, self.active, lengths, self.adaptive.worth)
         self._drafting = dict(getattr(self.drafter, "timing", {self.drafter.name: spent}))
         return self.adaptive.prune(self._proposed, spent[0])
+
+    def _room(self, sequence: SequenceState) -> int:
+        """How deep drafts may go: not beyond where the text will be read anew."""
+        border = self.target.rereads_at
+        return sys.maxsize if border is None or sequence.read_as > border else border - len(sequence.tokens)
+
+    def _reread(self) -> None:
+        """Texts that have grown beyond where the model's own generate reads them anew are read anew."""
+        border = self.target.rereads_at
+        for sequence in self.active if border is not None else ():
+            if sequence.read_as <= border < len(sequence.tokens):
+                sequence.reread_at, sequence.cached = len(sequence.tokens), 0
+                for watcher in self.watchers:
+                    watcher.start(sequence.slot)
+                while sequence.cached < len(sequence.tokens) - 1:
+                    self._prefill([sequence])
 
     def _verdicts(self, active: list[SequenceState], drafts: list[Draft], logits_BRV: Tensor) -> list[Verdict]:
         if self.scores.plain and self.policy == "lossless":
@@ -239,6 +259,7 @@ class Decoder:
             first=group[0].slot,
             valid_rows_B=None if min(counts) == R else self._tensor(counts),
             visible=max(s.cached for s in group) + R,
+            read_as=[s.read_as for s in group],
         )
         self.stats.target_forwards += 1
         self.stats.target_rows += len(group) * R

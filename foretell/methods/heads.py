@@ -315,6 +315,7 @@ class HeadsDrafter:
         hidden_BRD = self._states[slots_B[:, None] + positions_BR % self._kept]
         places = None
         if hasattr(head.body, "layer_type"):
-            places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type)
+            read_as = [s.read_as for s in sequences]
+            places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type, read_as)
         state_BRD = head.body(hidden_BRD.to(self._dtype(hidden_BRD)), positions_BR, places, own_cache)
         return state_BRD[torch.arange(len(counts)), [max(count, 1) - 1 for count in counts]]

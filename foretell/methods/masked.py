@@ -212,9 +212,7 @@ class MaskedModule(MTPModule):
         self.usual_layout = "two_pass" if config.mask_tokens == "noise" else "auto"
         self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters, self.gated)
         self.sampler = SamplerHead(target) if config.sampler else None
-        # texts in one chunk, however long: what turns by a text's length, and (set by trainers) sharded parameters,
-        # which ranks must read in step
-        self.whole = target.turns_by_length
+        self.whole = False  # texts in one chunk, however long: set by trainers whose ranks must read in step
         target.mask_rows = self.rows
         target.release()  # a view made before knows nothing of the adapters
 

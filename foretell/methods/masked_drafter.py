@@ -96,8 +96,9 @@ class MaskedDrafter(ChainDrafter):
         if self.layout != "two_pass" or not any(lengths):
             return drafts
         if worth is None or any([worth(self.name, b, draft) for b, draft in enumerate(drafts)]):
-            for draft, (token, probability) in zip(drafts, self._look(sequences), strict=True):
-                draft.add(token, -1, probability, self.name)
+            for draft, length, (token, probability) in zip(drafts, lengths, self._look(sequences), strict=True):
+                if length:
+                    draft.add(token, -1, probability, self.name)
         else:
             self._states = [None] * len(self._states)
         return drafts
@@ -113,7 +114,10 @@ class MaskedDrafter(ChainDrafter):
         step_BR = torch.arange(K + 1, device=device).expand(len(sequences), -1)
         lengths_B = torch.tensor([s.cached for s in sequences], device=device)
         visible = max(s.cached for s in sequences) + K + 1
-        rows = self.target.forward_rows(ids_BR, lengths_B, self._cache, visible=visible, steps_BR=step_BR)
+        read_as = [s.read_as for s in sequences]
+        rows = self.target.forward_rows(
+            ids_BR, lengths_B, self._cache, visible=visible, steps_BR=step_BR, read_as=read_as
+        )
         probs_BV = torch.softmax(self.target.logits(rows.post_norm_BRD[:, 0], view=True).float(), dim=-1)
         best_B, token_B = probs_BV.max(-1)
         for b, sequence in enumerate(sequences):

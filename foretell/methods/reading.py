@@ -72,7 +72,9 @@ def pieces(module: Any, target: Target, batch: Batch, carries_BT: Tensor, K: int
         keys.begin(start_BT[:, part], column_BT[:, part], column_BT[:, part], end, at, 0)
         with torch.no_grad():  # the masks' losses teach the text's rows nothing
             embedding_BRD = target.embed(batch.input_ids_BT[:, part])
-            new_BRD = target.read_comb(embedding_BRD, batch.position_ids_BT[:, part], keys, everywhere)
+            new_BRD = target.read_comb(
+                embedding_BRD, batch.position_ids_BT[:, part], keys, everywhere, text_length(batch)
+            )
         text_BWD = new_BRD if text_BWD is None else torch.cat([text_BWD[:, done - first :], new_BRD], dim=1)
         first, ready = done, T if end == T else max(end - K, done)
         carries_BW = carries_BT[:, done:ready]
@@ -108,11 +110,12 @@ class Below:
         self.last_BR = torch.where(valid_BO.repeat_interleave(K, dim=1), owner_BR, self.start_BR - 1)
         self.at_BR = owner_BR + self.step_BR
         self.positions_BR = batch.position_ids_BT.gather(1, owner_BR) + self.step_BR
+        self.read_as = text_length(batch)
 
     def read(self, embedding_BRD: Tensor, adapters: GatedAdapters | None) -> Tensor:
         """[B, O, K, D] after the final norm."""
         self.keys.begin(self.start_BR, self.last_BR, self.at_BR, self.keys.end, None, self.K)
-        states_BRD = self.target.read_comb(embedding_BRD, self.positions_BR, self.keys, adapters)
+        states_BRD = self.target.read_comb(embedding_BRD, self.positions_BR, self.keys, adapters, self.read_as)
         return states_BRD.view(*self.shape, self.K, -1)
 
     @torch.no_grad()
@@ -150,13 +153,13 @@ def one_pass(
     embedding_BRD = module.rows.embed(torch.cat([text_BTD, filler_BMD], dim=1), step_BR)
     through = (kinds_BR == MASK).reshape(-1).nonzero()[:, 0] if module.gated else slice(None)
     with module.rows.adapters.on(target.layers, through):
-        states_BRD = target.read_tree(embedding_BRD, positions_BR, parents_BR)
+        states_BRD = target.read_tree(embedding_BRD, positions_BR, parents_BR, text_length(batch))
     teacher = module.teacher or target
 
     @torch.no_grad()
     def reread(ids_BOK: Tensor) -> Tensor:
         ids_BR = torch.cat([batch.input_ids_BT, ids_BOK.flatten(1)], dim=1)
-        taught_BRD = teacher.read_tree(teacher.embed(ids_BR), positions_BR, parents_BR)
+        taught_BRD = teacher.read_tree(teacher.embed(ids_BR), positions_BR, parents_BR, text_length(batch))
         piece.taught_BTD = taught_BRD[:, :T]
         return taught_BRD[:, T:].view(B, -1, K, taught_BRD.shape[2])
 
@@ -170,6 +173,11 @@ class OnePiece(Piece):
     """A piece whose text learns too."""
 
     taught_BTD: Tensor | None = None  # the teacher's states of the text, once it has reread proposals
+
+
+def text_length(batch: Batch) -> Tensor:
+    """Of the longest text of a batch: what the model itself turns all of them by, where angles depend on it."""
+    return batch.position_ids_BT.amax() + 1
 
 
 def owners_of(carries_BT: Tensor, owners: int) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,8 @@ class SequentialDrafter(ChainDrafter):
         cache = self._caches[k - 1]
         positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
         block = self._view.block(k)
-        places = self.target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
+        read_as = [s.read_as for s in sequences]
+        places = self.target.position_embeddings(hidden_BRD, positions_BR, block.layer_type, read_as)
         embedding_BRD = self.target.embed(torch.tensor(ids, device=device))
         state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
         self._states[k].index_copy_(0, at_N, chained_BRD.reshape(-1, chained_BRD.shape[2]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from foretell.models.gated_lora import GatedAdapters, MaskRows
 from foretell.models.graphs import StaticSteps
 from foretell.models.lean_layer import lean_layers
 from foretell.models.own_logits import LogitFormula, logit_formula, own_logits
+from foretell.models.rotary import LengthRotary, TextLengths, stand_in, turns_by_length
 from foretell.models.slot_cache import SlotCache, cache_name
 
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
@@ -94,6 +95,9 @@ class Target:
         self.embed_tokens: nn.Module = base.get_input_embeddings()
         self.head: nn.Module = base.get_output_embeddings()
         self._formula = logit_formula(base)  # None: the model's own forward makes logits
+        self._lengths = TextLengths()
+        # rotary frequencies that depend on the length of the whole text (longrope, dynamic NTK)
+        self.turns_by_length = any(map(turns_by_length, self.decoder.modules()))
         self._rotary_by_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         self._view: nn.Module | None = None
         self._version: tuple[int, ...] | None = None
@@ -120,11 +124,14 @@ class Target:
         return self.head.weight.dtype
 
     @property
-    def turns_by_length(self) -> bool:
-        """Whether rotary frequencies depend on the length of the whole text (longrope, dynamic NTK)."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        kinds = {str(r.get("rope_type")) for r in (rope, *(v for v in rope.values() if isinstance(v, dict)))}
-        return bool(kinds & {"dynamic", "longrope"})
+    def rereads_at(self) -> int | None:
+        """The length beyond which the model's own generate reads the whole text anew, where that changes its angles:
+        Phi-3 does so where it turns by other frequencies.
+        """
+        own = type(self.model).prepare_inputs_for_generation.__code__
+        if not self.turns_by_length or "original_max_position_embeddings" not in own.co_names:
+            return None
+        return getattr(self.model.config, "original_max_position_embeddings", None)
 
     def fingerprint(self, gathered: dict[int, Tensor] | None = None) -> dict[str, Any]:
         """What a module must find again: architecture and sizes (errors), weights (a warning).
@@ -182,13 +189,21 @@ class Target:
             )
         return self._formula
 
-    def position_embeddings(self, hidden_BTD: Tensor, position_ids_BT: Tensor, layer_type: str | None = None) -> Any:
-        """What the decoder's layers take as position_embeddings; per layer type where the model has several (Gemma
-        3)."""
+    def position_embeddings(
+        self,
+        hidden_BTD: Tensor,
+        position_ids_BT: Tensor,
+        layer_type: str | None = None,
+        read_as: Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        """What the decoder's layers take as position_embeddings; per layer type where the model has several (Gemma 3).
+
+        read_as: see TextLengths.of; None: as the model itself turns rows that it reads at once.
+        """
         rotary = self.decoder.rotary_emb
-        if self._rotary_by_type:
-            return rotary(hidden_BTD, position_ids_BT, layer_type)
-        return rotary(hidden_BTD, position_ids_BT)
+        rotary = LengthRotary(rotary, self._lengths) if turns_by_length(rotary) else rotary
+        with self._lengths.of(position_ids_BT, read_as):
+            return rotary(hidden_BTD, position_ids_BT, **({"layer_type": layer_type} if self._rotary_by_type else {}))
 
     def block_copy(self) -> tuple[nn.Module, str | None]:
         """A copy of the last decoder layer that attends through our function, and its layer type.
@@ -216,7 +231,8 @@ class Target:
         captured: list[Tensor] = []
         handle = self.norm.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
         try:
-            out = self.decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False)
+            with self._turning(position_ids_BT, None):
+                out = self.decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False)
         finally:
             handle.remove()
         return TargetRows(out.last_hidden_state, captured[0])
@@ -240,6 +256,17 @@ class Target:
                 place.__dict__.pop(hung_as, None)
 
     @contextmanager
+    def _turning(self, position_ids_BR: Tensor, read_as: Sequence[int] | Tensor | None) -> Iterator[None]:
+        """While this is open, the model's own decoder turns rows as a new model would, and remembers nothing of it."""
+        places = stand_in(self.decoder, self._lengths) if self.turns_by_length else []
+        try:
+            with self._lengths.of(position_ids_BR, read_as):
+                yield
+        finally:
+            for owner, name, live in places:
+                owner._modules[name] = live
+
+    @contextmanager
     def constant(self) -> Iterator[None]:
         """While this is open, gradient passes through the target to its inputs and adapters, not into its weights."""
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -252,21 +279,28 @@ class Target:
                 parameter.requires_grad_(True)
 
     def read_comb(
-        self, embedding_BRD: Tensor, position_ids_BR: Tensor, keys: CombKeys, adapters: GatedAdapters | None = None
+        self,
+        embedding_BRD: Tensor,
+        position_ids_BR: Tensor,
+        keys: CombKeys,
+        adapters: GatedAdapters | None = None,
+        read_as: Tensor | None = None,
     ) -> Tensor:
         """[B, R, D] after the final norm: text rows or mask rows of a comb, as `keys` was told.
 
-        adapters: which all rows pass through. Gradient reaches them and the embeddings, never the target's weights.
+        read_as: length of the whole text. adapters: which all rows pass through. Gradient reaches them and the
+        embeddings, never the target's weights.
         """
         plain = not torch.is_autocast_enabled(embedding_BRD.device.type) and not (adapters and adapters.drops)
         lean = lean_layers(self.layers) if plain else None
         with self.attending(COMB, "foretell_comb", keys), self.constant():
             if lean is not None:
-                places = self.position_embeddings(embedding_BRD, position_ids_BR)
+                places = self.position_embeddings(embedding_BRD, position_ids_BR, None, read_as)
                 for layer in lean:
                     embedding_BRD = layer(embedding_BRD, places, comb_attention, adapters)
                 return self.norm(embedding_BRD)
-            with nullcontext() if adapters is None else adapters.on(self.layers, slice(None)):
+            through = nullcontext() if adapters is None else adapters.on(self.layers, slice(None))
+            with through, self._turning(position_ids_BR, read_as):
                 out = self.decoder(
                     inputs_embeds=embedding_BRD,
                     position_ids=position_ids_BR,
@@ -275,12 +309,14 @@ class Target:
                 )
         return out.last_hidden_state
 
-    def read_tree(self, embedding_BRD: Tensor, position_ids_BR: Tensor, parents_BR: Tensor) -> Tensor:
+    def read_tree(
+        self, embedding_BRD: Tensor, position_ids_BR: Tensor, parents_BR: Tensor, read_as: Tensor | None = None
+    ) -> Tensor:
         """[B, R, D] after the final norm: all rows of a token tree at once, with gradient. read_comb's slow twin."""
         masks = RowMasks()
         B, R = parents_BR.shape
         masks.begin(torch.zeros(B, dtype=torch.long, device=parents_BR.device), R, R, parents_BR=parents_BR)
-        with self.attending(NAME, "foretell_masks", masks):
+        with self.attending(NAME, "foretell_masks", masks), self._turning(position_ids_BR, read_as):
             out = self.decoder(inputs_embeds=embedding_BRD, position_ids=position_ids_BR, use_cache=False)
         return out.last_hidden_state
 
@@ -305,6 +341,7 @@ class Target:
                 getattr(decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n)
             )
             norm.register_forward_pre_hook(self._capture)
+            stand_in(self._view, self._lengths)
         return self._view
 
     def _weights_version(self) -> tuple[int, ...]:
@@ -331,12 +368,14 @@ class Target:
         visible: int,
         full: bool = False,
         steps_BR: Tensor | None = None,
+        read_as: Sequence[int] | None = None,
     ) -> TargetRows:
         """One forward over rows of a token tree, on top of lengths_B cached tokens of slots first, first + 1, ...
 
         parents_BR None: each sequence's rows are a chain of valid_rows_B rows (all of them if None). visible is the
         number of cache columns in use after this step. full: nothing is hidden from any row, so no mask is needed.
         steps_BR: 0 for tokens, j for mask j of a block: those read mask_rows' embedding j, through its adapters.
+        read_as: how long each sequence's text was when the first of it was read; see TextLengths.of.
         """
         B, R = input_ids_BR.shape
         if position_ids_BR is None:
@@ -356,11 +395,12 @@ class Target:
             )
             return TargetRows(rows.post_norm_BRD[:B], rows.pre_norm_BRD[:B])
         masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B, "full": full}
-        if steps_BR is None:
-            return self._forward_rows(input_ids_BR, lengths_B, cache, first, position_ids_BR, visible, masks)
-        assert self.mask_rows is not None, "only a masked module's target reads mask rows"
-        embedding_BRD = self.mask_rows.embed(self.embed(input_ids_BR), steps_BR)
-        return self._forward_rows(embedding_BRD, lengths_B, cache, first, position_ids_BR, visible, masks, steps_BR)
+        read = input_ids_BR
+        if steps_BR is not None:
+            assert self.mask_rows is not None, "only a masked module's target reads mask rows"
+            read = self.mask_rows.embed(self.embed(input_ids_BR), steps_BR)
+        with self._lengths.of(position_ids_BR, read_as if self.turns_by_length else None):
+            return self._forward_rows(read, lengths_B, cache, first, position_ids_BR, visible, masks, steps_BR)
 
     def _forward_rows(
         self,

@@ -93,7 +93,7 @@ class LengthRotary(nn.Module):
 
 
 def stand_in(root: nn.Module, lengths: TextLengths) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put a LengthRotary in the place of each module below root that turns by length; (owner, name, what stood there)."""
+    """Put a LengthRotary in the place of each module below root that turns by length: (owner, name, what was there)."""
     places = [(owner, name, part) for owner in root.modules() for name, part in owner.named_children()]
     found = [place for place in places if turns_by_length(place[2])]
     for owner, name, part in found:

@@ -9,13 +9,16 @@ now and then, where drafts keep failing. Chances are the drafters' own confidenc
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from statistics import median
+from typing import Any
 
 import torch
 
+from foretell.models.kernels import Measured, remembered
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 from foretell.types import Draft
@@ -24,16 +27,17 @@ CURVE_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
 
 
 class CostCurve:
-    """Seconds of one target forward against its rows, interpolated; never falling.
+    """Seconds of one target forward against its rows, interpolated. It falls where a kernel for more rows is faster.
 
     measured: a forecast made on one sequence and an idle cache, which the clock may correct; else it is taken as given.
     """
 
+    NOISE = 0.1  # by less than that more rows are not faster than fewer
+
     def __init__(self, seconds: dict[int, float], measured: bool = False) -> None:
         self.measured = measured
         self.rows = sorted(seconds)
-        # other work on the machine only ever adds: what more rows took, fewer rows could have taken
-        self.seconds = [min(seconds[more] for more in self.rows[i:]) for i in range(len(self.rows))]
+        self.seconds = [seconds[rows] for rows in self.rows]
 
     def __call__(self, rows: float) -> float:
         if rows <= self.rows[0]:
@@ -47,7 +51,26 @@ class CostCurve:
 
     @classmethod
     def measure(cls, target: Target, context: int = 128, repeats: int = 5) -> CostCurve:
-        """Time forwards of 1 to 64 rows over a cache of `context` tokens, sizes interleaved, medians."""
+        """Of forwards of 1 to 64 rows over a cache of `context` tokens; on a CPU once a machine and kind of model."""
+
+        def right(_key: str, taken: Any) -> bool:
+            numbers = isinstance(taken, list) and len(taken) == len(CURVE_ROWS)
+            return numbers and all(isinstance(seconds, float) and 0 < seconds < math.inf for seconds in taken)
+
+        def make(keys: list[str]) -> dict[str, list[float]]:
+            return dict.fromkeys(keys, cls._taken(target, context, repeats))
+
+        key, view = f"{type(target.model).__name__} {target.dtype} {context}", target.view()
+        parts = Counter((type(part).__name__, *part.names) if isinstance(part, Measured) else (type(part).__name__,)
+                        for part in view.modules())  # fmt: skip
+        sizes = sorted(map(str, parts.items())), sum(weight.numel() for weight in view.parameters())
+        key += " " + hashlib.sha256(str(sizes).encode()).hexdigest()[:12]
+        kept = remembered("curves", [key], right, make) if target.device.type == "cpu" else make([key])
+        return cls(dict(zip(CURVE_ROWS, kept[key], strict=True)), measured=True)
+
+    @classmethod
+    def _taken(cls, target: Target, context: int, repeats: int) -> list[float]:
+        """Lower quartiles of repeats, sizes interleaved: a busy moment must not stay on the disk."""
         cache = SlotCache(1, context + CURVE_ROWS[-1])
         lengths_B = torch.tensor([context], device=target.device)
         taken: dict[int, list[float]] = defaultdict(list)
@@ -59,7 +82,15 @@ class CostCurve:
                 target.logits(out.post_norm_BRD, view=True).argmax(-1).tolist()
                 if repeat:  # the first round warms up
                     taken[rows].append(time.perf_counter() - start)
-        return cls({rows: median(times) for rows, times in taken.items()}, measured=True)
+        return cls.smooth([sorted(taken[rows])[len(taken[rows]) // 4] for rows in CURVE_ROWS])
+
+    @classmethod
+    def smooth(cls, seconds: list[float]) -> list[float]:
+        """Never falling within noise: what more rows took, fewer rows could have taken but for other work."""
+        for i in reversed(range(len(seconds) - 1)):
+            if seconds[i + 1] < seconds[i] <= (1 + cls.NOISE) * seconds[i + 1]:
+                seconds[i] = seconds[i + 1]
+        return seconds
 
 
 class AdaptiveLength:

@@ -50,6 +50,11 @@ class Measured(nn.Module):
         """That runs for so many rows."""
         return self._by_rows[min(rows, ROWS[-1])]
 
+    @property
+    def names(self) -> list[str]:
+        """The kernel for each of ROWS."""
+        return [self.kernel(rows) for rows in ROWS]
+
     def part(self, share: float) -> Measured:
         """Another of the same kind to measure, plain yet, of that share of the weights."""
         raise NotImplementedError

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from drafters import Oracle, Spy, knowing_mtp, leaning_model
+from packaging.version import Version
 from tiny import tiny_model
 from torch import Tensor, nn
 
@@ -63,7 +65,15 @@ def ours(mtp: MTPModel, rows: list[Tensor], new: int = 12, **settings: Any) -> l
 
 # -- angles ------------------------------------------------------------------------------------------------------------
 
-LONG = {"rope_type": "longrope", "original_max_position_embeddings": BORDER, "rope_theta": 100.0, **FACTORS}
+LONG = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": BORDER,
+    "rope_theta": 100.0,
+    **FACTORS,
+}
+# before 5.22 transformers' own second forward beyond the border ended in an UnboundLocalError
+BY_LAYER = {**LONG, **({} if Version(transformers.__version__) >= Version("5.22") else {"rope_type": "linear"})}
 DYNAMIC = {"rope_type": "dynamic", "factor": 16.0, "rope_theta": 100.0}
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 100.0}
@@ -77,11 +87,11 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {**LLAMA3, **BORDERED}),
     "proportional": ("llama", {"rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": 0.5}),
     "by layer: dynamic": ("gemma3_text", {"full_attention": DYNAMIC, "sliding_attention": PLAIN}),
-    "by layer: both": ("gemma3_text", {"full_attention": LONG, "sliding_attention": DYNAMIC}),
-    "by layer: longrope": ("gemma3_text", {"full_attention": PLAIN, "sliding_attention": LONG}),
+    "by layer: both": ("gemma3_text", {"full_attention": BY_LAYER, "sliding_attention": DYNAMIC}),
+    "by layer: longrope": ("gemma3_text", {"full_attention": PLAIN, "sliding_attention": BY_LAYER}),
     "complex numbers": ("deepseek_v2", DYNAMIC),
     "read anew": ("phi3", LONG),
-    "read anew, scaled": ("phimoe", {**LONG, "short_mscale": 1.0, "long_mscale": 1.5}),
+    "read anew, scaled": ("phimoe", {**LONG, "short_mscale": 1.0, "long_mscale": 3.0}),
 }
 MORE = {
     "phi3": BORDERED,
@@ -263,3 +273,15 @@ def test_a_module_reads_a_long_prompt_with_small_masks(monkeypatch):
     rows = texts(900, 1100)
     assert ours(mtp, rows, 2) == own(mtp.model, rows, 2)
     assert largest[0] <= 2 * 2 * 512 * 1152, "two prompts, two heads a group, a piece of 512 rows of the target"
+
+
+@pytest.mark.parametrize("kind", ["layer", "mha_ffn"])
+def test_heads_draft_what_they_say_of_the_whole_text_where_the_cache_has_an_older_name(kind):
+    mtp = module_of(kind, leaning_model("gpt_neox"))
+    spy, rows = Spy(mtp.drafter()), texts(9, 1, 4)
+    ours(mtp, rows, 8, drafter=spy, num_draft_tokens=2)
+    text = {i: row.tolist() + new for i, (row, new) in enumerate(zip(rows, own(mtp.model, rows, 8), strict=True))}
+    seen = [(text[index][:cached], draft.tokens) for index, cached, draft in spy.drafted if len(draft)]
+    assert len(seen) > 10
+    for read, tokens in seen:
+        assert tokens == mtp.draft_logits(torch.tensor([read]))[0, -1].argmax(-1).tolist()

@@ -25,6 +25,9 @@ class TextLengths(threading.local):
 
     rows_BR: Tensor | None = None
 
+    def __reduce__(self) -> tuple[type[TextLengths], tuple[()]]:
+        return TextLengths, ()  # copies and pickles start empty
+
     @contextmanager
     def of(self, position_ids_BR: Tensor, read_as: Sequence[int] | Tensor | None) -> Iterator[None]:
         """While this is open, rows up to read_as tokens are part of a text of that length; those beyond it were read

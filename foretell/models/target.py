@@ -128,7 +128,7 @@ class Target:
         """The length beyond which the model's own generate reads the whole text anew, where that changes its angles:
         Phi-3 does so where it turns by other frequencies.
         """
-        own = type(self.model).prepare_inputs_for_generation.__code__
+        own = inspect.unwrap(type(self.model).prepare_inputs_for_generation).__code__
         if not self.turns_by_length or "original_max_position_embeddings" not in own.co_names:
             return None
         return getattr(self.model.config, "original_max_position_embeddings", None)

@@ -8,13 +8,19 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import ARCHITECTURES, VOCAB, tiny_model
 from torch import Tensor, nn
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
 
 from foretell.models import fast
-from foretell.models.attention import RowMasks, foretell_attention
+from foretell.models.attention import RowMasks, foretell_attention, model_mask
 from foretell.models.fast import FusedLayer, fast_view, weights_version
 from foretell.models.linears import FusedRMSNorm, PackedLinear, fused_norm
 from foretell.models.slot_cache import CACHE_NAMES, SlotCache
@@ -124,6 +130,59 @@ def test_no_mask_where_nothing_is_hidden():
     masks.begin(torch.tensor([6, 5]), 7, 1)
     assert masks.get(None, 2).shape == (2, 1, 2, 7)
     assert masks.get(None, 2) is masks.get(None, 2), "made once a step"
+
+
+STEPS = {
+    "chain": {},
+    "ragged": {"valid_rows_B": torch.tensor([4, 2])},
+    "tree": {"parents_BR": torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, -2]])},
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_a_models_own_window_is_the_rows_window(step, window):
+    masks = RowMasks()
+    masks.begin(torch.tensor([6, 4]), 10, 4, **STEPS[step])
+    with masks.asked():
+        got = model_mask(sliding_window_causal_mask_function(window), local_size=window)
+        assert model_mask(causal_mask_function) is masks.get(None, 1)
+    assert torch.equal(got, masks.get(window, 1))
+    assert model_mask(causal_mask_function) is None, "nobody is asked any more"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_models_own_chunks(step):
+    """A row sees its ancestors in the same run of 4 positions: transformers' chunked attention."""
+    masks, lengths_B = RowMasks(), torch.tensor([6, 4])
+    masks.begin(lengths_B, 10, 4, **STEPS[step])
+    got = masks.within(chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)), 4, True)
+    depth_BR = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 0]]) if step == "tree" else torch.arange(4).expand(2, 4)
+    for b, length in enumerate(lengths_B.tolist()):
+        at = [*range(length), *(length + depth_BR[b]).tolist(), *[-9] * 9][:10]
+        same = torch.tensor([[at[column] // 4 == at[length + row] // 4 for column in range(10)] for row in range(4)])
+        assert torch.equal(got[b, 0], masks.get(None, 1)[b, 0] & same)
+    assert not torch.equal(got, masks.get(None, 1))
+
+
+def test_a_rule_that_hides_nothing_needs_no_mask_unless_the_model_wants_one():
+    masks = RowMasks()
+    masks.begin(torch.tensor([6, 6]), 7, 1, full=True)
+    window = sliding_window_causal_mask_function(7)
+    assert masks.within(causal_mask_function, None, True) is masks.within(window, 7, True) is None
+    assert masks.within(causal_mask_function, None, False).tolist() == [[[[True] * 7]]] * 2
+    assert masks.within(sliding_window_causal_mask_function(6), 6, True).tolist() == [[[[False] + [True] * 6]]] * 2
+
+
+def test_a_mask_of_each_head():
+    """What a model makes of a mask for each query head reaches the heads that it is for."""
+    query, key, value = states(4, 2, 3, 5)
+    own = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(1))
+    got, _ = foretell_attention(nn.Module(), query, key, value, own)
+    wanted = F.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), attn_mask=own
+    )
+    torch.testing.assert_close(got, wanted.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 # -- the fast tree -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The attention function that our rows run through, registered in transformers' own table under the name "foretell".
+"""The attention function that our rows run through, registered in transformers' own table under the name "foretell",
+and the masks that a model's own code gets for it: what a row sees of the tree, within what the model asks for.
 
 It reads grouped key-value heads once (query heads of a group become rows of the same matrix product), takes a ready
 mask, and knows soft-capping and sinks. The mask comes as `attention_mask`, or from the RowMasks hung on the
@@ -9,14 +10,20 @@ module, one for each sliding window that the model uses.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foretell.ops.tree import chain_mask, document_mask, row_mask
+from foretell.ops.tree import chain_mask, depths, document_mask, row_mask
 
 NAME = "foretell"
+_ASKED = threading.local()  # the masks that a model's own code asks for while its decoder runs
 
 
 class RowMasks:
@@ -78,6 +85,66 @@ class RowMasks:
             self._made[key] = mask_BRL.repeat(1, groups, 1)[:, None]
         return self._made[key]
 
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """While this is open, a decoder in this thread that asks transformers for its masks gets these rows'."""
+        before = getattr(_ASKED, "masks", None)
+        _ASKED.masks = self
+        try:
+            yield
+        finally:
+            _ASKED.masks = before
+
+    def within(self, rule: Callable[..., Tensor], size: int | None, may_skip: bool) -> Tensor | None:
+        """Mask [B, 1, R, L] of what a row sees and the model's own rule on positions allows: a window, a chunk.
+
+        None where nothing is hidden, if it may be left out. size: of the window or chunk.
+        """
+        plain = rule is causal_mask_function
+        if self.full and may_skip and (plain or (size is not None and self.visible <= size)):
+            return None
+        hidden_none = torch.ones(len(self.lengths_B), 1, self.rows, self.visible, dtype=torch.bool)
+        seen_B1RL = hidden_none.to(self.lengths_B.device) if self.full else self.get(None, 1)
+        if plain:
+            return seen_B1RL
+        depth_BR = torch.arange(self.rows, device=self.lengths_B.device)[None]
+        if self.parents_BR is not None:
+            depth_BR = depths(self.parents_BR)
+        column_BL = torch.arange(self.visible, device=self.lengths_B.device)[None]
+        row_BL = column_BL - self.lengths_B[:, None]
+        depth_BL = depth_BR.expand(len(row_BL), -1).gather(1, row_BL.clamp(0, self.rows - 1))
+        stored_BL = (row_BL >= 0) & (row_BL < self.rows)
+        position_BL = torch.where(stored_BL, self.lengths_B[:, None] + depth_BL, column_BL)
+        at_BR = self.lengths_B[:, None] + depth_BR
+        batch_B = torch.arange(len(row_BL), device=row_BL.device)[:, None, None, None]
+        return seen_B1RL & rule(batch_B, torch.zeros_like(batch_B), at_BR[:, None, :, None], position_BL[:, None, None])
+
+    def widened(self, mask: Tensor, groups: int, additive: torch.dtype | None) -> Tensor:
+        """A mask [B, 1, R, L] that the model hands over, as `get` would give it: made once for all its layers."""
+        key = (id(mask), groups, additive)
+        if key not in self._made:
+            self._made[key] = mask, _widened(mask, groups, additive)  # kept, so that no other gets its id
+        return self._made[key][1]
+
+
+def _widened(mask: Tensor, groups: int, additive: torch.dtype | None) -> Tensor:
+    B, heads, R, L = mask.shape
+    wide = mask.repeat(1, 1, groups, 1) if heads == 1 else mask.reshape(B, -1, groups * R, L)
+    if additive is None or wide.dtype != torch.bool:
+        return wide if additive is None else wide.to(additive)
+    return torch.zeros(wide.shape, dtype=additive, device=wide.device).masked_fill_(~wide, -torch.inf)
+
+
+def model_mask(
+    mask_function: Callable[..., Tensor],
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    **kwargs: object,
+) -> Tensor | None:
+    """What transformers' code that makes a model's masks calls for our attention."""
+    masks: RowMasks | None = getattr(_ASKED, "masks", None)
+    return None if masks is None else masks.within(mask_function, local_size, allow_is_causal_skip)
+
 
 def foretell_attention(
     module: nn.Module,
@@ -96,29 +163,34 @@ def foretell_attention(
     B, Hq, R, E = query.shape
     H = key.shape[1]
     G = Hq // H
-    if attention_mask is None:
-        masks = getattr(module, "foretell_masks", None)
-        if masks is None:
-            raise RuntimeError("attention 'foretell' needs a mask: run rows through Target, not the model itself.")
-        plain = softcap is None and s_aux is None
-        mask = masks.get(sliding_window, G, query.dtype if plain else None)
+    masks: RowMasks | None = getattr(module, "foretell_masks", None)
+    plain = softcap is None and s_aux is None
+    additive = query.dtype if plain else None
+    if attention_mask is not None:
+        mask = (_widened if masks is None else masks.widened)(attention_mask, G, additive)
+    elif masks is not None:
+        mask = masks.get(sliding_window, G, additive)
     else:
-        mask = attention_mask if G == 1 else attention_mask.repeat(1, 1, G, 1)
+        raise RuntimeError("attention 'foretell' needs a mask: run rows through Target, not the model itself.")
     packed = query.reshape(B, H, G * R, E)
-    if softcap is None and s_aux is None:
+    if plain:
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     else:
         scores = torch.matmul(packed, key.transpose(2, 3)) * (scaling if scaling is not None else E**-0.5)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
+        if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
         if s_aux is not None:  # a learned sink per head: one more column, whose value is nothing
             sink = s_aux.reshape(1, H, G, 1, 1).expand(B, H, G, R, 1).reshape(B, H, G * R, 1).to(scores.dtype)
             scores = torch.cat([scores, sink], dim=-1)
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
         out = torch.matmul(F.dropout(probs[..., : key.shape[2]], p=dropout, training=module.training), value)
-    return out.reshape(B, Hq, R, out.shape[-1]).transpose(1, 2), None
+    # some models look at it through `view`; those that reshape it would copy it themselves
+    return out.reshape(B, Hq, R, out.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, foretell_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, model_mask)

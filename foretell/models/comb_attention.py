@@ -142,7 +142,7 @@ def comb_attention(
         query, text_key, text_value, key, value, comb.first(sliding_window), comb.last_BR, comb.masks,
         scale=scale, window=sliding_window,
     )  # fmt: skip
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def dense_attention(

@@ -54,12 +54,14 @@ class MTPBlock(nn.Module):
             self.eh_proj.weight.zero_()
             scale_D = torch.ones(D, dtype=torch.float32, device=self.eh_proj.weight.device)
             if post_norm:
-                gain_D = _gain(target.norm).float()
+                gain_D = _gain(target.norm, like=self.eh_proj.weight[0, :D]).float()
                 scale_D = gain_D.abs().median() / torch.where(gain_D.abs() < 0.05, torch.inf, gain_D)
             self.eh_proj.weight[:, hidden_half] = torch.diag(scale_D).to(self.eh_proj.weight.dtype)
             size = self._residual_size(target)
             _set_gain(self.hnorm, size)
             _set_gain(self.enorm, size)
+            if not _has_gain(self.hnorm):  # OLMo, nanochat
+                self.eh_proj.weight.mul_(size)
         if how == "random":
             for module in self.block.modules():
                 for name, parameter in module.named_parameters(recurse=False):
@@ -102,21 +104,27 @@ class MTPBlock(nn.Module):
 
 
 @torch.no_grad()
-def _gain(norm: nn.Module) -> Tensor:
+def _gain(norm: nn.Module, like: Tensor) -> Tensor:
     """[D] what a norm multiplies by, found on numbers: RMSNorm, LayerNorm, and Gemma's zero-centred weights alike."""
-    probe = torch.ones(1, norm.weight.shape[0], dtype=norm.weight.dtype, device=norm.weight.device)
+    probe = torch.ones_like(like)[None]
     probe[0, ::2] = -1.0
     return (norm(probe) - norm(-probe))[0] / 2 * probe[0]
 
 
 @torch.no_grad()
 def _set_gain(norm: nn.Module, gain: float) -> None:
-    """Weight to the value that multiplies by `gain`."""
+    """Weight to the value that multiplies by `gain`; nothing where a norm has none."""
+    if not _has_gain(norm):
+        return
     norm.weight.fill_(1.0)
-    zero_centred = bool(_gain(norm).mean() > 1.5)
+    zero_centred = bool(_gain(norm, norm.weight).mean() > 1.5)
     norm.weight.fill_(gain - 1.0 if zero_centred else gain)
     if getattr(norm, "bias", None) is not None:
         norm.bias.data.zero_()
+
+
+def _has_gain(norm: nn.Module) -> bool:
+    return getattr(norm, "weight", None) is not None
 
 
 def _fresh_norm(norm: nn.Module) -> nn.Module:

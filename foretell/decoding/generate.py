@@ -76,7 +76,10 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any]) -> 
         bad.append("use_cache=False")
     own = [name for name in CACHE_NAMES if getattr(model_kwargs.get(name), "_is_user_defined", False)]
     bad += [f"{name} (foretell brings its own cache)" for name in own]
-    bad += sorted(set(model_kwargs) - _HANDLED_KWARGS)
+    # transformers adds some of its own to a multimodal model's, with nothing in them where the prompt is text alone
+    given = {name for name, value in model_kwargs.items() if value is not None and value != {}}
+    pictures = " (what transformers made of the images or videos that were given)"
+    bad += [f"{n}{pictures if n == 'mm_encoder_outputs' else ''}" for n in sorted(given - _HANDLED_KWARGS)]
     if bad:
         raise ValueError(
             "foretell's generate cannot honour: "

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from foretell.data.formats import load_rows
-from foretell.data.prompts import check_tokenizer, encode_prompt, encode_row, encode_rows, preview, prompts_of
+from foretell.data.prompts import encode_prompt, encode_prompts, encode_row, encode_rows, preview, prompts_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -39,7 +39,9 @@ HEADERS = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 # the generation prompt opens a reasoning block that the finished conversation does not show, as DeepSeek-R1 writes it
-NO_PREFIX = PLAIN.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nthink\n{% endif %}")
+OPENED = PLAIN.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nthink\n{% endif %}")
+# the generation prompt is nothing that stands in a conversation
+NO_PREFIX = PLAIN.replace("<|im_start|>assistant\n{% endif %}", "<|assistant|>{% endif %}")
 
 SPECIAL = ["<unk>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|bos|>"]
 WORDS = "system user assistant tool think one two three four five yes no A hello"
@@ -112,21 +114,25 @@ def test_templates_that_render_the_last_turn_otherwise():
         f"{start}one?{between}⟦two<|im_end|>⟧\n{start}three?{between}⟦think\nfour<|im_end|>⟧\n"
     )
     assert preview(conversation, make_tokenizer(CLOSED, eos="<|end|>")) == (
-        f"{start}one?{between}⟦two<|im_end|>⟧\n{start}three?{between}⟦four<|im_end|>\n<|end|>⟧"
+        f"{start}one?{between}⟦two<|im_end|>⟧\n{start}three?{between}⟦four<|im_end|>⟧\n<|end|>"
     )
 
 
 def test_a_header_that_ends_a_turn_is_trained():
     assert preview({"messages": chat("one?", "two", "three?", "four")}, make_tokenizer(HEADERS, eos="<|end|>")) == (
-        "<|user|>\none?<|assistant|>\n⟦two<|user|>⟧\nthree?<|assistant|>\n⟦four⟧"
+        "<|user|>\none?<|assistant|>\n⟦two<|user|>⟧\nthree?<|assistant|>\n⟦four<|user|>⟧"
     )
+
+
+def test_a_generation_prompt_that_the_conversation_does_not_show_whole():
+    assert preview(TWO_TURNS, make_tokenizer(OPENED)) == SHOWN
 
 
 def test_a_prefix_that_is_none_is_refused_and_named():
     rows = [{"text": "one"}, TWO_TURNS]
-    with pytest.raises(ValueError, match=r"^rows\[1\]: messages\[2\]: the chat template renders .* differently"):
+    with pytest.raises(ValueError, match=r"^rows\[1\]: messages\[2\]: the chat template asks for this answer with"):
         encode_rows(rows, make_tokenizer(NO_PREFIX))
-    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template renders"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template asks"):
         encode_row({"prompt": chat("one?"), "completion": chat("x", "two")[1:]}, make_tokenizer(NO_PREFIX))
 
 
@@ -280,12 +286,16 @@ def test_what_a_row_carries_for_the_template_reaches_it():
     assert tokenizer.decode(encode_prompt(row, tokenizer)).startswith("think one<|im_start|>")
 
 
-def test_a_tokenizer_of_another_model_is_refused():
+def test_only_ids_that_occur_must_fit_the_vocabulary():
+    # Gemma-3-1B's tokenizer has an image token that lies beyond its embeddings, and nobody uses it
     tokenizer = make_tokenizer()
     size = len(tokenizer)
-    check_tokenizer(tokenizer, size)
-    with pytest.raises(ValueError, match=f"at id {size - 1}, wanted ids below the target's vocabulary of {size - 1}"):
-        check_tokenizer(tokenizer, size - 1)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    assert len(encode_rows([TWO_TURNS], tokenizer, vocab_size=size)[0]) == 1
+    with pytest.raises(ValueError, match=f"got token id {size}, wanted ids below the target's vocabulary of {size}"):
+        encode_rows([{"text": "one <image>"}], tokenizer, vocab_size=size)
+    with pytest.raises(ValueError, match=f"rows.0.: got token id {size}, wanted"):
+        encode_prompts([{"prompt": "one <image>"}], tokenizer, vocab_size=size)
 
 
 def test_preview_in_colour():

@@ -1,69 +1,37 @@
 """Conversations to tokens, and which of these tokens the assistant wrote.
 
 A mask is right when it starts where generation starts and ends with the token that ends the turn: the module then
-learns on exactly the positions where it will draft.
+learns on exactly the positions where it will draft. Both places are found in the rendered text, by rendering it again
+with the answer changed: the text is the same up to the answer and behind it.
 """
 
-# T tokens of a conversation. Masks are lists of T zeros and ones.
+# T tokens of a conversation; masks are lists of T zeros and ones. A span: the first character, the one behind the last.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+
+GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# characters of a private area of Unicode: no text has them, and no template knows what they are
+CHANGED, FOLLOWING, OPENED, CLOSED = "\ue000", "\ue001", "\ue002", "\ue003"
 
 
-def chat_ids(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, add_generation_prompt: bool = False, **template: Any
-) -> list[int]:
+def chat_ids(messages: Messages, tokenizer: Any, *, add_generation_prompt: bool = False, **template: Any) -> list[int]:
     """Render a conversation with the tokenizer's chat template and return its token ids.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses this conversation.
     """
-    return list(_apply(messages, tokenizer, add_generation_prompt=add_generation_prompt, **template)["input_ids"])
-
-
-def chat_ids_and_mask(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, first: int = 0, **template: Any
-) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and 1 on every token that the assistant wrote, its end-of-turn token included.
-
-    Args:
-        messages: the whole conversation.
-        tokenizer: with a chat template.
-        first: assistant messages before this index are context (their mask is 0).
-        **template: passed to the chat template: tools, enable_thinking, ...
-
-    Raises:
-        ValueError: the template renders the context of an answer differently once the answer follows it.
-    """
-    if GENERATION_TAG.search(str(tokenizer.chat_template)) and tokenizer.is_fast:
-        encoded = _apply(messages, tokenizer, return_assistant_tokens_mask=True, **template)
-        ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-        if any(mask):
-            mask = _with_end_of_turn(ids, mask, tokenizer, messages[-1]["role"] == "assistant")
-            start = context_length(messages, first, ids, tokenizer, template) if first else 0
-            return ids, [0] * start + mask[start:]
-    return _mask_by_prefixes(messages, tokenizer, first, template)
-
-
-def context_length(messages: Sequence, turn: int, ids: list[int], tokenizer: Any, template: dict) -> int:
-    """Number of tokens in ids, the whole conversation, before the answer messages[turn] starts.
-
-    Raises:
-        ValueError: the conversation up to there, rendered alone, is not what the whole one begins with.
-    """
-    context = chat_ids(messages[:turn], tokenizer, add_generation_prompt=True, **template)
-    start = _shared(context, ids)
-    if start < len(context):
-        if not _begins_with(messages, turn, tokenizer, template, add_generation_prompt=True):
-            raise ValueError(_no_prefix(turn, context, ids, tokenizer))
-        warn_merged()
-    return start
+    text = ChatTemplate(tokenizer).text(messages, add_generation_prompt, **template)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def warn_merged() -> None:
@@ -76,115 +44,309 @@ def warn_merged() -> None:
     )
 
 
-def _mask_by_prefixes(messages: Sequence, tokenizer: Any, first: int, template: dict) -> tuple[list[int], list[int]]:
-    """Render the conversation up to each answer and through it: what is between them is the answer."""
-    ids = chat_ids(messages, tokenizer, **template)
-    mask, special, end = [0] * len(ids), special_ids(tokenizer), 0
-    for turn in range(first, len(messages)):
-        if messages[turn]["role"] != "assistant":
-            continue
-        if turn == 0:
-            raise ValueError("messages[0]: got an assistant turn, wanted a question or a system message before it")
-        previous_end, start = end, context_length(messages, turn, ids, tokenizer, template)
-        through = chat_ids(messages[: turn + 1], tokenizer, **template)
-        end = _shared(through, ids)
-        if end == len(through) or _begins_with(messages, turn + 1, tokenizer, template):
-            end = _end_of_turn(ids[:end], start, tokenizer, special)
-            # where the template closes no turn (GLM), it is the next speaker's header that ends generation
-            if end < len(ids) and ids[end - 1] not in special and ids[end] in special:
-                end += 1
-        else:
-            end = _end_found(through, start, end, ids, tokenizer, special)
-        if not previous_end <= start < end:
-            raise ValueError(_no_prefix(turn, through, ids, tokenizer))
-        mask[start:end] = [1] * (end - start)
-    return ids, mask
+class ChatTemplate:
+    """A tokenizer's chat template, and where in its text the answers are.
 
-
-def _end_found(through: list[int], start: int, shared: int, ids: list[int], tokenizer: Any, special: set[int]) -> int:
-    """Where an answer ends in the conversation that renders it otherwise than when it is last; 0 if that is unclear.
-
-    Its context is the same, so the first end-of-turn token after it is its own.
+    An answer starts behind what `add_generation_prompt` renders, and ends with the token that ends its turn, for some
+    templates the next speaker's header. `{% generation %}` marks, where a template has them, choose among these tokens:
+    what they leave out is not trained, and what is prompted or never generated is not trained though they hold it.
     """
-    end = _end_of_turn(ids[:shared], start, tokenizer, special)
-    if end > start and ids[end - 1] in special:
-        return end  # Phi-3: the same turn, then an end-of-text token after the last one only
-    if start < shared < len(ids) and shared < len(through) and ids[shared] in special and through[shared] in special:
-        return shared + 1  # gpt-oss: the last turn ends in another token
-    enders = [token for token in through[start:] if token in special]
-    if through[:start] == ids[:start] and enders and enders[-1] in ids[start:]:
-        return ids.index(enders[-1], start) + 1  # Qwen3: reasoning stands in the last turn only
-    return 0
 
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ends: dict[tuple, str] = {}  # what ends a turn, of each template that was met
+        added = tokenizer.added_tokens_decoder
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self._special = _any_of(special)
+        self._added = _any_of({token.content for token in added.values()} - special)
 
-def _shared(ids: list[int], other: list[int]) -> int:
-    """Number of leading tokens that both have in common."""
-    return next(
-        (at for at, pair in enumerate(zip(ids, other, strict=False)) if pair[0] != pair[1]), min(len(ids), len(other))
-    )
+    def text(self, messages: Messages, add_generation_prompt: bool = False, **template: Any) -> str:
+        """The rendered conversation.
 
+        Raises:
+            ValueError: the tokenizer has no chat template, or the template refuses this conversation.
+        """
+        return self._render(self._accepted(messages, add_generation_prompt, template), add_generation_prompt, template)
 
-def _begins_with(messages: Sequence, count: int, tokenizer: Any, template: dict, **kwargs: Any) -> bool:
-    """Whether the rendered text begins with that of the first messages: then only tokens merge at the boundary."""
-    text = _apply(messages, tokenizer, tokenize=False, **template)
-    return text.startswith(_apply(messages[:count], tokenizer, tokenize=False, **kwargs, **template))
+    def answers(self, messages: Messages, first: int = 0, **template: Any) -> tuple[str, list[Span]]:
+        """The rendered conversation, and the spans that the assistant wrote, of the answers from messages[first] on.
 
+        Where nothing ends the last turn (GLM), the text goes on with the token that would.
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of control tokens: those the tokenizer names, and those only marked special, as `<|im_end|>` often is."""
-    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    return added | set(tokenizer.all_special_ids)
+        Raises:
+            ValueError: an answer's place cannot be told, or the template refuses this conversation.
+        """
+        messages = self._accepted(messages, False, template)
+        text, marks = self._render(messages, False, template), self._marks(messages, template)
+        spans, before = [], 0
+        for turn in range(first, len(messages)):
+            if messages[turn]["role"] != "assistant":
+                continue
+            if turn == 0:
+                raise ValueError("messages[0]: got an assistant turn, wanted a question or a system message before it")
+            shown, behind = self._changing(text, messages, turn, template)
+            start = self._start(text, messages, turn, before, shown, template)
+            if not before <= start <= behind:
+                raise ValueError(f"messages[{turn}]: the chat template shows this answer out of order; {_WANTED}")
+            end, missing = self._end(text, messages, turn, behind, template)
+            text, before = text + missing, behind
+            for opened, closed in marks:
+                # a mark that holds the answer's last character means the whole rest of the turn
+                span = max(opened, start), end if closed >= behind else closed
+                if opened <= behind and span[0] < span[1]:
+                    spans.append(span)
+            if not marks:
+                spans.append((start, end))
+        return text, spans
 
+    def start(self, text: str, messages: Messages, turn: int, **template: Any) -> int:
+        """Where messages[turn] starts in the text of the whole conversation: behind what asks for it."""
+        messages = self._accepted(messages, False, template)
+        return self._start(text, messages, turn, 0, self._changing(text, messages, turn, template)[0], template)
 
-def _end_of_turn(ids: list[int], start: int, tokenizer: Any, special: set[int]) -> int:
-    """Where the answer that starts at `start` and runs to the end of ids really ends.
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> Iterator[tuple[list[int], list[int]]]:
+        """Token ids of rendered texts, and 1 on every token of their spans, those on a border too."""
+        if not texts:
+            return
+        fast = self._tokenizer.is_fast
+        more = {"return_offsets_mapping": True} if fast else {}
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, **more)
+        for at, text in enumerate(texts):
+            ids, mask = list(encoded["input_ids"][at]), [0] * len(encoded["input_ids"][at])
+            for start, end in spans[at]:
+                if fast:
+                    offsets = encoded["offset_mapping"][at]
+                    begin = next((n for n, offset in enumerate(offsets) if offset[1] > start), len(ids))
+                    behind = next((n for n in range(begin, len(ids)) if offsets[n][0] >= end), len(ids))
+                    merged = begin < len(ids) and offsets[begin][0] < start
+                else:
+                    prompt = self._tokenizer(text[:start], add_special_tokens=False)["input_ids"]
+                    begin = _shared(prompt, ids)
+                    behind = _shared(self._tokenizer(text[:end], add_special_tokens=False)["input_ids"], ids)
+                    merged = begin < len(prompt)
+                if merged:
+                    warn_merged()
+                mask[begin:behind] = [1] * (behind - begin)
+            yield ids, mask
 
-    ChatML writes a newline after the end-of-turn token. Nobody generates it, so it is not trained.
-    """
-    last = max((at for at in range(start, len(ids)) if ids[at] in special), default=None)
-    if last is None or tokenizer.decode(ids[last + 1 :]).strip():
-        return len(ids)
-    return last + 1
-
-
-def _with_end_of_turn(ids: list[int], mask: list[int], tokenizer: Any, ends_with_answer: bool) -> list[int]:
-    """Make each run of ones end with its end-of-turn token, whether the generation block stops before or behind it."""
-    special, enders, mask = special_ids(tokenizer), {tokenizer.eos_token_id}, list(mask)
-    after_last = len(mask) - mask[::-1].index(1)
-    # after the last answer of a conversation only an end-of-turn token can follow, never the next speaker's header
-    if ends_with_answer and after_last < len(ids) and ids[after_last] in special:
-        enders.add(ids[after_last])
-    start = 0
-    while 1 in mask[start:]:
-        start = mask.index(1, start)
-        end = mask.index(0, start) if 0 in mask[start:] else len(mask)
-        kept = _end_of_turn(ids[:end], start, tokenizer, special)
-        if end < len(ids) and ids[end] in enders and ids[kept - 1] not in special:
-            mask[end], end, kept = 1, end + 1, end + 1
-        mask[kept:end] = [0] * (end - kept)
-        start = end
-    return mask
-
-
-def _no_prefix(turn: int, rendered: list[int], ids: list[int], tokenizer: Any) -> str:
-    same = _shared(rendered, ids)
-    return (
-        f"messages[{turn}]: the chat template renders the conversation up to this answer differently when more follows "
-        f"(got {tokenizer.decode(ids[same : same + 8])!r}, alone {tokenizer.decode(rendered[same : same + 8])!r}), so "
-        "the answer's tokens cannot be told from its context. Use a chat template with {% generation %} marks, or rows "
-        "whose 'prompt' and 'completion' are strings"
-    )
-
-
-def _apply(messages: Sequence, tokenizer: Any, tokenize: bool = True, **kwargs: Any) -> Any:
-    from jinja2.exceptions import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
+    def _start(self, text: str, messages: Messages, turn: int, before: int, shown: int, template: dict) -> int:
+        """Where an answer starts: behind what the template writes to ask for it."""
+        try:
+            context = messages[:turn]
+            asked = self._render(context, True, template)
+        except ValueError:  # a template may refuse conversations that are not whole
+            context = [*self._leading(messages), {"role": "user", "content": FOLLOWING}]
+            asked = self._render(context, True, template)
+        if text.startswith(asked):
+            return len(asked)
+        # the context is rendered otherwise once more follows (reasoning is left out), or the answer opens otherwise
+        # than it was asked for: then the header is looked for in front of the answer, whole or as far as it is there
+        header = asked[_shared(self._render(context, False, template), asked) :]
+        before = max(before, self._changing(text, messages, turn - 1, template)[1])
+        at = text.find(header, before, shown + len(header)) if header else -1
+        if at >= 0:
+            return at + len(header)
+        for end in sorted((match.end() for match in self._pieces(header)), reverse=True):
+            if (at := text.find(header[:end], before, shown)) >= 0:
+                return at + end
+        if not header and not messages[turn].get("tool_calls"):
+            return shown  # DeepSeek: nothing stands between a tool's result and the answer
+        found = text[max(before, shown - 60) : shown]
         raise ValueError(
-            "got a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, or use rows of "
-            "'text' or of 'prompt' and 'completion' strings"
+            f"messages[{turn}]: the chat template asks for this answer with {header[-60:]!r}, and nothing like it "
+            f"stands before the answer in the whole conversation ({found!r}); {_WANTED}"
         )
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, return_dict=tokenize, **kwargs)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+    def _end(self, text: str, messages: Messages, turn: int, behind: int, template: dict) -> tuple[int, str]:
+        """Where the turn ends whose answer ends at `behind`, and what has to be appended for that."""
+        ender = self._ender(messages, turn, template)
+        if ender and text.startswith(ender, behind):
+            return behind + len(ender), ""
+        last = turn + 1 == len(messages)
+        rest = text[behind : None if last else self._changing(text, messages, turn + 1, template)[0]]
+        if ender and ender in rest:
+            return behind + rest.index(ender) + len(ender), ""
+        found = self._first_end(rest, others=not ender)  # gpt-oss ends its last turn in another token
+        if found is not None:
+            return behind + found.end(), ""
+        return (len(text) + len(ender), ender) if last else (behind, "")
+
+    def _ender(self, messages: Messages, turn: int, template: dict) -> str:
+        """The token that ends a turn like this one; an empty text where none does."""
+        called = messages[turn].get("tool_calls")
+        key = bool(called), self._source(template)
+        if key not in self._ends:
+            following: list[dict[str, Any]] = [{"role": "user", "content": FOLLOWING}]
+            if called:
+                call = called[-1]
+                name = call.get("function", call).get("name")
+                result = {"role": "tool", "name": name, "content": FOLLOWING, "tool_call_id": call.get("id")}
+                following.insert(0, without_none(result))
+            lead = [*self._leading(messages), {"role": "user", "content": "?"}, _changed(messages[turn])]
+            ends = self._special.findall(_behind(CHANGED, self._render(lead, False, template)))
+            going_on = ""
+            for message in following:
+                try:
+                    going_on = self._render([*lead, message], False, template)
+                    break
+                except ValueError:  # it knows no tools
+                    continue
+            between = _behind(CHANGED, going_on).partition(FOLLOWING)[0]
+            # what a turn closes with both as the last one and before another (Phi-3 ends the last one once more); where
+            # there is nothing like that (GLM, gpt-oss), what stands first before the other
+            both = [end for end in ends if end in between or not going_on]
+            found = self._first_end(between)
+            self._ends[key] = both[-1] if both else found[0] if found else ""
+        return self._ends[key]
+
+    def _first_end(self, text: str, others: bool = True) -> re.Match | None:
+        """The token that ends an answer, in what stands between it and the next message's content."""
+        eos = self._tokenizer.eos_token
+        # other special tokens may close a call or a channel before the turn's own end
+        found = (re.search(re.escape(eos), text) if eos else None) or self._special.search(text)
+        return found or (self._added.search(text) if others else None)
+
+    def _changing(self, text: str, messages: Messages, turn: int, template: dict) -> Span:
+        """The part of the text that changes with what this message says."""
+        other = self._render([*messages[:turn], _changed(messages[turn]), *messages[turn + 1 :]], False, template)
+        if text == other:
+            raise ValueError(f"messages[{turn}]: the chat template does not show this message; {_WANTED}")
+        start = _shared(text, other)
+        return start, max(start, len(text) - _shared(text[::-1], other[::-1]))
+
+    def _marks(self, messages: Messages, template: dict) -> list[Span]:
+        """Spans of the text inside {% generation %} blocks."""
+        source = self._source(template)
+        if not GENERATION_TAG.search(source):
+            return []
+        # inside the block, and inside an {% if %}: whitespace is trimmed as it was around the tags alone
+        marked = GENERATION_TAG.sub(_with_marker, source)
+        spans, text, opened = [], "", 0
+        pieces = re.split(f"([{OPENED}{CLOSED}])", self._render(messages, False, {**template, "chat_template": marked}))
+        for piece in pieces:
+            if piece == OPENED:
+                opened = len(text)
+            elif piece == CLOSED:
+                spans.append((opened, len(text)))
+            else:
+                text += piece
+        return spans
+
+    def _pieces(self, text: str) -> Iterator[re.Match]:
+        """Control tokens, lines and what is between them: the places at which a header can be cut."""
+        return re.finditer(
+            f"{self._special.pattern}|{self._added.pattern}|\n|((?!{self._special.pattern})[^\n])+", text
+        )
+
+    def _source(self, template: dict) -> str:
+        return template.get("chat_template") or self._tokenizer.get_chat_template(None, template.get("tools"))
+
+    @staticmethod
+    def _leading(messages: Messages) -> list[Mapping[str, Any]]:
+        return list(messages[:1]) if messages[0]["role"] in ("system", "developer") else []
+
+    def _accepted(self, messages: Messages, add_generation_prompt: bool, template: dict) -> Messages:
+        """The messages in the first form that the template takes: of calls' arguments, and of no content beside one."""
+        first_error: ValueError | None = None
+        forms = [without_none(messages)]
+        if any(message.get("tool_calls") for message in forms[0]):
+            filled = [{"content": "", **message} for message in forms[0]]
+            forms += [_other_arguments(forms[0]), filled, _other_arguments(filled)]
+        for form in forms:
+            try:
+                self._render(form, add_generation_prompt, template)
+                return form
+            except ValueError as error:
+                first_error = first_error or error
+        raise first_error  # type: ignore[misc]
+
+    def _render(self, messages: Messages, add_generation_prompt: bool, template: dict) -> str:
+        from jinja2.exceptions import TemplateError
+
+        if not getattr(self._tokenizer, "chat_template", None) and "chat_template" not in template:
+            raise ValueError(
+                "got a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, or use rows "
+                "of 'text' or of 'prompt' and 'completion' strings"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+
+_WANTED = (
+    "wanted a template that shows answers as it asks for them: one with {% generation %} marks (--chat-template), or "
+    "rows whose 'prompt' and 'completion' are strings"
+)
+
+
+def without_none(value: Any) -> Any:
+    """Without the keys that hold None: Arrow fills them into every row, inside messages, calls and tools too."""
+    if isinstance(value, Mapping):
+        return {name: without_none(inner) for name, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _behind(character: str, text: str) -> str:
+    return text.rpartition(character)[2]
+
+
+def _changed(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with other words: another content, other arguments of its calls."""
+    changed = dict(message)
+    if message.get("content") or not message.get("tool_calls"):
+        changed["content"] = CHANGED
+    if message.get("tool_calls"):
+        changed["tool_calls"] = _with_arguments(
+            message["tool_calls"],
+            lambda given: json.dumps({CHANGED: CHANGED}, ensure_ascii=False) if isinstance(given, str)
+            else {CHANGED: CHANGED},
+        )  # fmt: skip
+    return changed
+
+
+def _with_arguments(calls: Sequence[Mapping[str, Any]], change: Any) -> list[dict[str, Any]]:
+    made = []
+    for call in calls:
+        inner = call.get("function", call)
+        inner = {**inner, "arguments": change(inner.get("arguments", {}))}
+        made.append({**call, "function": inner} if "function" in call else inner)
+    return made
+
+
+def _other_arguments(messages: Messages) -> list[dict[str, Any]]:
+    """Arguments of calls as JSON text where they are mappings, and the other way round: templates take one or both."""
+
+    def other(given: Any) -> Any:
+        try:
+            return json.loads(given) if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        except json.JSONDecodeError:
+            return given
+
+    return [
+        {**message, "tool_calls": _with_arguments(message["tool_calls"], other)}
+        if message.get("tool_calls")
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _with_marker(tag: re.Match) -> str:
+    before, end, after = tag.groups()
+    if end:
+        return f'{{%{before} if true %}}{{{{ "{CLOSED}" }}}}{{% endif %}}{{% endgeneration {after}%}}'
+    return f'{{%{before} generation %}}{{% if true %}}{{{{ "{OPENED}" }}}}{{% endif {after}%}}'
+
+
+def _any_of(words: set[str]) -> re.Pattern:
+    """A pattern of any of these words, the longest first; with none it matches nowhere."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+
+
+def _shared(one: Sequence, other: Sequence) -> int:
+    """Number of leading items that both have in common."""
+    count = min(len(one), len(other))
+    # by halves: slices are compared at C's speed, items in a loop are not
+    return bisect_left(range(1, count + 1), True, key=lambda length: one[:length] != other[:length])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ SPLIT_WORDS = {"train", "training", "test", "testing", "valid", "validation", "v
 class Rows(Sequence):
     """Checked rows, and where each was found. Behaves as a list of dicts."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str, places: list[tuple[str, str, int]] | None = None):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        name: str,
+        places: list[tuple[str, str, int]] | None = None,
+        skipped: int = 0,
+    ):
         self._rows, self._name, self._places = rows, name, places
+        self.skipped = skipped  # bad ones, which are not among the rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,7 +47,7 @@ class Rows(Sequence):
         return f"{name}, {unit} {number}"
 
 
-def load_rows(source: Any, split: str = "train") -> Rows:
+def load_rows(source: Any, split: str = "train", skip_bad: bool = False) -> Rows:
     """Load and check rows in TRL's forms (see `foretell.data.rows`).
 
     Args:
@@ -48,6 +56,7 @@ def load_rows(source: Any, split: str = "train") -> Rows:
             `datasets.load_dataset`, as "name" or "name:configuration".
         split: taken where the source has splits: a dataset's name, a mapping, or a folder whose file names carry
             split words (`train.jsonl`, `my-test-0001.parquet`). One file or one list is a split by itself.
+        skip_bad: leave malformed rows out; they are counted (`skipped`), and the first ones named in a warning.
 
     Returns:
         A list-like of dicts whose `where(index)` names the place of a row.
@@ -60,15 +69,15 @@ def load_rows(source: Any, split: str = "train") -> Rows:
         path = Path(source).expanduser()
         if path.is_dir():
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-                return load_rows(_import_datasets().load_from_disk(str(path)), split)
-            return _load_files(_files_of(path, split), str(path))
+                return load_rows(_import_datasets().load_from_disk(str(path)), split, skip_bad)
+            return _load_files(_files_of(path, split), str(path), skip_bad)
         if path.is_file():
-            return _load_files([path], str(path))
-        return _checked(_load_named(str(source), split), str(source))
+            return _load_files([path], str(path), skip_bad)
+        return _checked(_load_named(str(source), split), str(source), skip_bad)
     if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"no split {split!r}: got {sorted(map(str, source))}; choose one of them.")
-        return load_rows(source[split], split)
+        return load_rows(source[split], split, skip_bad)
     if isinstance(source, Rows):
         return source
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
@@ -76,22 +85,23 @@ def load_rows(source: Any, split: str = "train") -> Rows:
             f"rows: got {type(source).__name__}, wanted something with a length, such as a list of dicts or a "
             "datasets.Dataset. Of a stream, take as many rows as you want: list(stream.take(1000))."
         )
-    return _checked(source, "rows")
+    return _checked(source, "rows", skip_bad)
 
 
-def _checked(rows: Sequence[Any], name: str) -> Rows:
+def _checked(rows: Sequence[Any], name: str, skip_bad: bool) -> Rows:
     """Check rows that have no file and line."""
-    problems = _Problems()
-    for index in range(len(rows)):
-        problems.check(f"{name}[{index}]", rows[index])
+    problems = Problems(skip_bad)
+    good = [index for index in range(len(rows)) if problems.check(f"{name}[{index}]", rows[index])]
     problems.close()
-    if len(rows) == 0:
+    if not good:
         raise ValueError(f"{name}: no rows, wanted at least one.")
+    if problems.count:
+        return Rows([rows[at] for at in good], name, [(name, "index", at) for at in good], problems.count)
     return Rows(rows, name)
 
 
-def _load_files(paths: list[Path], name: str) -> Rows:
-    rows, places, problems = [], [], _Problems()
+def _load_files(paths: list[Path], name: str, skip_bad: bool) -> Rows:
+    rows, places, problems = [], [], Problems(skip_bad)
     for path in paths:
         before = problems.count, len(rows)
         for unit, number, row in _read(path, problems):
@@ -101,19 +111,22 @@ def _load_files(paths: list[Path], name: str) -> Rows:
         if (problems.count, len(rows)) == before:
             problems.add(f"{path.name}: the file is empty, wanted at least one row")
     problems.close()
-    return Rows(rows, name, places)
+    if not rows:
+        raise ValueError(f"{name}: no rows, wanted at least one.")
+    return Rows(rows, name, places, problems.count)
 
 
-class _Problems:
-    """Collects problems, so that a person fixes a file in one go, not in ten."""
+class Problems:
+    """Collects problems of rows, so that a person fixes a file in one go, not in ten; or counts them and goes on."""
 
-    def __init__(self) -> None:
-        self.count, self.lines = 0, []
+    def __init__(self, skip: bool = False) -> None:
+        self.count, self.lines, self._skip = 0, [], skip
 
     def add(self, line: str) -> None:
         self.count += 1
-        self.lines.append(line)
-        if self.count == MAX_PROBLEMS:
+        if self.count <= MAX_PROBLEMS:
+            self.lines.append(line)
+        if self.count == MAX_PROBLEMS and not self._skip:
             self.lines.append(f"stopped after {MAX_PROBLEMS} problems; there may be more")
             self.close()
 
@@ -126,11 +139,16 @@ class _Problems:
         return True
 
     def close(self) -> None:
-        if self.lines:
+        """Raise what was found, or warn of it where such rows are to be skipped."""
+        if not self.lines:
+            return
+        if not self._skip:
             raise ValueError("\n".join(self.lines))
+        more = [f"and {self.count - MAX_PROBLEMS} more"] if self.count > MAX_PROBLEMS else []
+        warnings.warn("\n".join([f"{self.count} rows are skipped:", *self.lines, *more]), stacklevel=3)
 
 
-def _read(path: Path, problems: _Problems) -> Iterator[tuple[str, int, Any]]:
+def _read(path: Path, problems: Problems) -> Iterator[tuple[str, int, Any]]:
     """Yield (unit, number, row) of one file; units count from 1."""
     if path.suffix == ".parquet":
         import pyarrow

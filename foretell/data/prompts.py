@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foretell.data.chat import chat_ids, chat_ids_and_mask, context_length, warn_merged
-from foretell.data.formats import MAX_PROBLEMS, load_rows
+from foretell.data.chat import ChatTemplate, Span, chat_ids, warn_merged, without_none
+from foretell.data.formats import Problems, load_rows
 from foretell.data.rows import MASKS, as_list, detect_form
 from foretell.types import IGNORE_INDEX
 
+BATCH = 256  # rows that are tokenized together
 KEPT_COLUMNS = ("document_ids", "position_ids")  # of ready rows, beside hidden_states
 
 
@@ -26,6 +27,7 @@ class EncodeStats:
     kept: int = 0
     truncated: int = 0
     dropped: int = 0  # nothing left to train on
+    skipped: int = 0  # could not be encoded, and were to be skipped
     tokens: int = 0
     trained_tokens: int = 0
 
@@ -37,7 +39,7 @@ def encode_row(
 
     What is trained: for `messages` the assistant's tokens with each end-of-turn token; for `prompt` + `completion` the
     completion; for `text` everything; for ready `input_ids` what `labels` or a 0/1 mask say, else everything. EOS ends
-    completions and text, as in TRL.
+    completions and text, as in TRL. None in messages, tools and the arguments of calls means absent, as Arrow fills it.
 
     Args:
         row: one row.
@@ -52,38 +54,10 @@ def encode_row(
     Raises:
         ValueError: the row cannot be encoded, or encodes to nothing.
     """
-    form = detect_form(row)
-    if form != "input_ids" and tokenizer is None:
-        raise ValueError(f"got a row of {form!r} and no tokenizer, wanted one; only ready input_ids go without")
-    encoded: dict[str, Any] = {}
-    if form == "input_ids":
-        ids = list(as_list(row["input_ids"]))
-        mask = _ready_mask(row, len(ids))
-        encoded = {name: list(as_list(row[name])) for name in KEPT_COLUMNS if row.get(name) is not None}
-        if row.get("hidden_states") is not None:
-            encoded["hidden_states"] = row["hidden_states"]
-    elif form == "text":
-        ids = _with_eos(_text_ids(row["text"], tokenizer), tokenizer)
-        mask = [1] * len(ids)
-    elif form == "messages":
-        ids, mask = chat_ids_and_mask(row["messages"], tokenizer, **_template_arguments(row))
-        if not assistant_only_loss:
-            mask = [1] * len(ids)
-    elif form == "prompt":
-        raise ValueError("got a prompt without an answer, wanted a 'completion' too; or let the target answer first")
-    elif isinstance(row["prompt"], str):
-        ids, mask = _encode_completion(row["prompt"], row["completion"], tokenizer)
-    else:
-        ids, mask = _encode_chat_completion(row, tokenizer, assistant_only_loss)
-    if not ids:
-        raise ValueError(f"got a row of {form!r} that encodes to no token, wanted at least one")
-    encoded |= {
-        "input_ids": ids,
-        "labels": [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)],
-    }
-    if max_length is not None and len(ids) > max_length:
-        encoded = {name: values[:max_length] for name, values in encoded.items()}
-    return encoded
+    (encoded,) = _encode_some([row], tokenizer, assistant_only_loss, _template_of(tokenizer))
+    if isinstance(encoded, ValueError):
+        raise encoded
+    return _cut(encoded, max_length)
 
 
 def encode_rows(
@@ -92,6 +66,7 @@ def encode_rows(
     max_length: int | None = None,
     assistant_only_loss: bool = True,
     vocab_size: int | None = None,
+    skip_bad: bool = False,
 ) -> tuple[list[dict[str, Any]], EncodeStats]:
     """Encode rows for training. Rows with nothing left to train on are dropped; that and truncation are counted.
 
@@ -99,6 +74,7 @@ def encode_rows(
         rows: from `load_rows`, or anything that it takes.
         tokenizer, max_length, assistant_only_loss: as in `encode_row`.
         vocab_size: of the target; ids beyond it are an error.
+        skip_bad: leave out rows that cannot be encoded; they are counted, and the first ones named in a warning.
 
     Returns:
         The encoded rows, and what became of all of them.
@@ -106,36 +82,31 @@ def encode_rows(
     Raises:
         ValueError: rows that cannot be encoded, up to ten at once, each with its place; or no row left.
     """
-    rows = load_rows(rows)
-    encoded_rows, stats, problems = [], EncodeStats(rows=len(rows)), []
-    for index in range(len(rows)):
-        try:
-            encoded = encode_row(rows[index], tokenizer, assistant_only_loss=assistant_only_loss)
+    rows = load_rows(rows, skip_bad=skip_bad)
+    encoded_rows, stats, problems = [], EncodeStats(rows=len(rows) + rows.skipped), Problems(skip_bad)
+    template = _template_of(tokenizer)
+    for first in range(0, len(rows), BATCH):
+        some = rows[first : first + BATCH]
+        for index, encoded in enumerate(_encode_some(some, tokenizer, assistant_only_loss, template), start=first):
+            if isinstance(encoded, ValueError):
+                problems.add(f"{rows.where(index)}: {encoded}")
+                continue
             if vocab_size is not None and max(encoded["input_ids"]) >= vocab_size:
-                raise ValueError(
-                    f"got token id {max(encoded['input_ids'])}, wanted ids below the target's vocabulary of "
-                    f"{vocab_size}; the rows were encoded for another model"
-                )
-        except ValueError as error:
-            problems.append(f"{rows.where(index)}: {error}")
-            if len(problems) == MAX_PROBLEMS:
-                problems.append(f"stopped after {MAX_PROBLEMS} problems; there may be more")
-                break
-            continue
-        if max_length is not None and len(encoded["input_ids"]) > max_length:
-            stats.truncated += 1
-            encoded = {name: values[:max_length] for name, values in encoded.items()}
-        # the first token of a row has nothing before it that could predict it
-        trained = sum(label != IGNORE_INDEX for label in encoded["labels"][1:])
-        if not trained:
-            stats.dropped += 1
-            continue
-        stats.kept += 1
-        stats.tokens += len(encoded["input_ids"])
-        stats.trained_tokens += trained
-        encoded_rows.append(encoded)
-    if problems:
-        raise ValueError("\n".join(problems))
+                problems.add(f"{rows.where(index)}: {_beyond(encoded['input_ids'], vocab_size)}")
+                continue
+            stats.truncated += max_length is not None and len(encoded["input_ids"]) > max_length
+            encoded = _cut(encoded, max_length)
+            # the first token of a row has nothing before it that could predict it
+            trained = sum(label != IGNORE_INDEX for label in encoded["labels"][1:])
+            if not trained:
+                stats.dropped += 1
+                continue
+            stats.kept += 1
+            stats.tokens += len(encoded["input_ids"])
+            stats.trained_tokens += trained
+            encoded_rows.append(encoded)
+    problems.close()
+    stats.skipped = rows.skipped + problems.count
     lost = (
         f"{stats.truncated} of {stats.rows} rows were cut at max_length={max_length}; "
         f"{stats.dropped} of {stats.rows} rows were dropped: no token left to train on"
@@ -145,6 +116,87 @@ def encode_rows(
     if stats.truncated or stats.dropped:
         warnings.warn(lost, stacklevel=2)
     return encoded_rows, stats
+
+
+def _encode_some(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, assistant_only_loss: bool, template: ChatTemplate | None
+) -> list[dict[str, Any] | ValueError]:
+    """Each row encoded, or what is wrong with it. Conversations are tokenized together: one call for all of them."""
+    out: list[Any] = []
+    texts, spans, places = [], [], []
+    for at, row in enumerate(rows):
+        try:
+            form = detect_form(row)
+            if form != "input_ids" and template is None:
+                raise ValueError(f"got a row of {form!r} and no tokenizer, wanted one; only ready input_ids go without")
+            if form == "messages" or (form == "prompt_completion" and not isinstance(row["prompt"], str)):
+                text, answers = _chat(row, form, template, assistant_only_loss)
+                texts.append(text)
+                spans.append(answers)
+                places.append(at)
+                out.append(None)
+            else:
+                out.append(_encode_plain(row, form, tokenizer))
+        except ValueError as error:
+            out.append(error)
+    for at, (ids, mask) in zip(places, template.encode(texts, spans) if texts else (), strict=True):
+        out[at] = _labelled(ids, mask)
+    return [
+        ValueError(f"got a row of {detect_form(rows[at])!r} that encodes to no token, wanted at least one")
+        if isinstance(encoded, dict) and not encoded["input_ids"]
+        else encoded
+        for at, encoded in enumerate(out)
+    ]
+
+
+def _chat(row: Mapping[str, Any], form: str, template: ChatTemplate, assistant_only: bool) -> tuple[str, list[Span]]:
+    """A conversation as text, and the spans of it that are trained."""
+    arguments = _template_arguments(row)
+    prompt = list(row["prompt"]) if form == "prompt_completion" else []
+    messages = [*prompt, *row["completion"]] if prompt else row["messages"]
+    if assistant_only:
+        return template.answers(messages, len(prompt), **arguments)
+    text = template.text(messages, **arguments)
+    start = template.start(text, messages, len(prompt), **arguments) if prompt else 0
+    return text, [(start, len(text))]
+
+
+def _encode_plain(row: Mapping[str, Any], form: str, tokenizer: Any) -> dict[str, Any]:
+    """A row of text or of ready ids."""
+    if form == "input_ids":
+        ids = list(as_list(row["input_ids"]))
+        kept = {name: list(as_list(row[name])) for name in KEPT_COLUMNS if row.get(name) is not None}
+        if row.get("hidden_states") is not None:
+            kept["hidden_states"] = row["hidden_states"]
+        return kept | _labelled(ids, _ready_mask(row, len(ids)))
+    if form == "text":
+        ids = _with_eos(_text_ids(row["text"], tokenizer), tokenizer)
+        return _labelled(ids, [1] * len(ids))
+    if form == "prompt":
+        raise ValueError("got a prompt without an answer, wanted a 'completion' too; or let the target answer first")
+    return _labelled(*_encode_completion(row["prompt"], row["completion"], tokenizer))
+
+
+def _labelled(ids: list[int], mask: list[int]) -> dict[str, Any]:
+    labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _cut(encoded: dict[str, Any], max_length: int | None) -> dict[str, Any]:
+    if max_length is None or len(encoded["input_ids"]) <= max_length:
+        return encoded
+    return {name: values[:max_length] for name, values in encoded.items()}
+
+
+def _template_of(tokenizer: Any) -> ChatTemplate | None:
+    return None if tokenizer is None else ChatTemplate(tokenizer)
+
+
+def _beyond(ids: list[int], vocab_size: int) -> str:
+    return (
+        f"got token id {max(ids)}, wanted ids below the target's vocabulary of {vocab_size}; the rows were encoded for "
+        "another model, or the tokenizer is another model's"
+    )
 
 
 def prompts_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | list[int] | str:
@@ -188,18 +240,28 @@ def encode_prompt(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     return chat_ids(prompt, tokenizer, add_generation_prompt=True, **_template_arguments(row))
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Check that every id the tokenizer can give fits the target's vocabulary.
+def encode_prompts(
+    rows: Any, tokenizer: Any, vocab_size: int | None = None, skip_bad: bool = False
+) -> tuple[list[list[int]], int]:
+    """Token ids of the prompts of rows (see `encode_prompt`), and the number of rows that were skipped.
 
     Raises:
-        ValueError: an id is too large.
+        ValueError: rows without a prompt, or that cannot be encoded, up to ten at once, each with its place.
     """
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocab_size:
-        raise ValueError(
-            f"got a tokenizer with the token {token!r} at id {largest}, wanted ids below the target's vocabulary of "
-            f"{vocab_size}. Load the tokenizer of this model, or resize the model's embeddings."
-        )
+    rows = load_rows(rows, skip_bad=skip_bad)
+    prompts, problems = [], Problems(skip_bad)
+    for index in range(len(rows)):
+        try:
+            ids = encode_prompt(rows[index], tokenizer)
+            if vocab_size is not None and max(ids, default=0) >= vocab_size:
+                raise ValueError(_beyond(ids, vocab_size))
+            if not ids:
+                raise ValueError("got a prompt that encodes to no token, wanted at least one")
+            prompts.append(ids)
+        except ValueError as error:
+            problems.add(f"{rows.where(index)}: {error}")
+    problems.close()
+    return prompts, rows.skipped + problems.count
 
 
 def preview(row: Mapping[str, Any], tokenizer: Any, colour: bool = False) -> str:
@@ -233,7 +295,7 @@ def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     arguments = dict(row.get("chat_template_kwargs") or {})
     if tools:
         arguments["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return arguments
+    return without_none(arguments)
 
 
 def _text_ids(text: str, tokenizer: Any) -> list[int]:
@@ -257,14 +319,4 @@ def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[li
         start += 1
     if start < len(prompt_ids):
         warn_merged()  # as TRL: the pair is encoded in one piece, and a token that spans both belongs to the completion
-    return ids, [0] * start + [1] * (len(ids) - start)
-
-
-def _encode_chat_completion(row: Mapping[str, Any], tokenizer: Any, assistant_only: bool) -> tuple[list, list]:
-    prompt, arguments = list(row["prompt"]), _template_arguments(row)
-    messages = prompt + list(row["completion"])
-    if assistant_only:
-        return chat_ids_and_mask(messages, tokenizer, first=len(prompt), **arguments)
-    ids = chat_ids(messages, tokenizer, **arguments)
-    start = context_length(messages, len(prompt), ids, tokenizer, arguments)
     return ids, [0] * start + [1] * (len(ids) - start)

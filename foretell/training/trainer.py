@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from foretell.checkpoint import assign, check_settings, load_tensors
 from foretell.data.collate import MTPCollator, pack, to_batch
 from foretell.data.formats import load_rows
-from foretell.data.prompts import check_tokenizer, encode_rows
+from foretell.data.prompts import encode_rows
 from foretell.methods.base import REREADS, SOFT, DepthWeights, GradientMode, LossKind, Supervision
 from foretell.models.target import Target
 from foretell.mtp import MTPModel
@@ -74,6 +74,10 @@ class MTPTrainingArguments(TrainingArguments):
     packing: bool = field(default=False, metadata={"help": "Pack several documents into rows of max_length."})
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Train on the assistant's tokens of a chat only."}
+    )
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows that cannot be encoded; they are counted, the first named."},
     )
     nonfinite_loss: Literal["stop", "skip"] = field(
         default="stop", metadata={"help": "A batch whose loss is not finite: stop, or skip it and count it."}
@@ -180,12 +184,12 @@ class MTPTrainer(Trainer):
     def _encode(self, dataset: Any, tokenizer: Any, args: MTPTrainingArguments, model: MTPModel, what: str) -> Any:
         if dataset is None:
             return None
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, model.target.vocab_size)
-        elif any("input_ids" not in row for row in load_rows(dataset)[:1]):
+        if tokenizer is None and any("input_ids" not in row for row in load_rows(dataset)[:1]):
             raise ValueError(f"{what}: text needs processing_class (the tokenizer); or give rows with input_ids.")
         limit = args.max_length or 2**31
-        out, self.encoding = encode_rows(dataset, tokenizer, limit, args.assistant_only_loss, model.target.vocab_size)
+        out, self.encoding = encode_rows(
+            dataset, tokenizer, limit, args.assistant_only_loss, model.target.vocab_size, args.skip_bad_rows
+        )
         longest = max((len(row["input_ids"]) for row in out), default=0)
         if longest < model.mtp_config.depth + 2:
             raise ValueError(

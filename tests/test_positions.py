@@ -167,6 +167,24 @@ def test_nothing_depends_on_what_was_read_before_nor_is_left_behind(kind):
     assert ours(mtp, [second]) == wanted[1:]
 
 
+def test_spans_and_kept_states_follow_a_text_that_is_read_anew(tmp_path):
+    from tiny import tiny_tokenizer
+
+    from foretell.training.regenerate import regenerate
+
+    model = turning("read anew", leaning_model)
+    rows = texts(29, 5, 40)
+    mtp = knowing_mtp(model)
+    assert ours(mtp, rows, policy="static_k", num_draft_tokens=1) == own(model, rows)  # spans of the target's own token
+    assert len(ours(mtp, rows, policy="static_k")) == 3
+    questions = [{"input_ids": [*rows[0].tolist(), 5], "labels": [-100] * len(rows[0]) + [5]}]
+    store, _ = regenerate(mtp, questions, tiny_tokenizer(), tmp_path, max_new_tokens=8)
+    ids, states_TD = torch.tensor(store[0]["input_ids"])[None], store[0]["hidden_states"]
+    assert ids.shape[1] > BORDER + 1
+    wanted_TD = mtp.target.forward_text(ids, torch.arange(ids.shape[1])[None]).post_norm_BRD[0]
+    torch.testing.assert_close(states_TD[:-1], wanted_TD[:-1], rtol=1e-4, atol=1e-4)
+
+
 # -- the model's length ------------------------------------------------------------------------------------------------
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": BORDER}

@@ -72,15 +72,16 @@ class LengthRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """As the live module, which is asked once for each length that differs."""
         given = {} if layer_type is None else {"layer_type": layer_type}
+        new = self._new(x, given)
         if self.lengths.rows_BR is None:
-            return self._new(x, given)(x, position_ids, **given)
+            return new(x, position_ids, **given)
         length_BR, out = self.lengths.rows_BR.clamp(self.lowest, self.highest), None
-        for length in length_BR.unique().tolist():
+        for length in length_BR.unique().tolist():  # ascending: a text that grows is what it follows
             # one position more, the last of a text of that length; those of longer texts must not be seen
             last_B1 = torch.full_like(position_ids[..., :1], length - 1)
             at = position_ids if length == self.highest else position_ids.clamp(max=length - 1)
             at = torch.cat([at, last_B1], dim=-1)
-            found = self._new(x, given)(x, at, **given)
+            found = new(x, at, **given)
             parts = [part[:, :-1] for part in (found if isinstance(found, tuple) else (found,))]
             here_BR1 = (length_BR == length)[..., None]
             out = parts if out is None else [torch.where(here_BR1, *pair) for pair in zip(parts, out, strict=True)]

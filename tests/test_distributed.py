@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.training.regenerate import regenerate
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.types import IGNORE_INDEX
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
@@ -147,6 +148,16 @@ def sharding(trainer: MTPTrainer) -> dict[str, Any]:
     }
 
 
+def answers(folder: Path, prompts: int) -> list[list[int]]:
+    """What the target says to the first prompts, each process its share."""
+    rows = [
+        {"input_ids": [at + 3, 5, 7][: 1 + at % 3], "labels": [IGNORE_INDEX] * (1 + at % 3)} for at in range(prompts)
+    ]
+    mtp = get_mtp_model(tiny_model(), {"method": "sequential", "depth": 1})
+    store, _ = regenerate(mtp, rows, None, folder, max_new_tokens=8, slots=2)
+    return [row["input_ids"] for row in store if bool(row["hidden_states"].abs().sum())]
+
+
 def worker(folder: Path) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
@@ -169,6 +180,9 @@ def worker(folder: Path) -> None:
             (folder / f"{name}-{plan}" / "about.json").write_text(json.dumps(about))
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+    answers(folder / "answers", 5)
+    said = answers(folder / "answers", 11)
+    (folder / f"answers-{os.environ['RANK']}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
 
@@ -293,3 +307,9 @@ def test_deepspeed_is_asked_for_by_transformers_own_words(tmp_path):
     for arguments in (TrainingArguments, MTPTrainingArguments, SFTConfig):  # the same way in, the same words
         with pytest.raises(ImportError, match="deepspeed"):
             arguments(output_dir=str(tmp_path), deepspeed=config, use_cpu=True)
+
+
+def test_two_processes_answer_each_a_share_of_the_prompts(two, tmp_path):
+    wanted = answers(tmp_path, 11)
+    assert [json.loads((two / f"answers-{rank}.json").read_text()) for rank in range(PROCESSES)] == [wanted, wanted]
+    assert not list((two / "answers").glob("share-*"))

@@ -18,6 +18,7 @@ import torch
 from foretell.data import cache
 from foretell.data.cache import HiddenStore
 from foretell.data.collate import MTPCollator, pack
+from foretell.data.prompts import encode_rows
 
 WIDTH = 4
 SETTINGS = {"model": "abc", "temperature": 0.0, "eos": (2, 3)}
@@ -306,3 +307,39 @@ def test_a_killed_process_resumes(tmp_path):
     assert store.keys() == [str(number) for number in range(whole)]
     for number in range(whole):
         assert store[number]["input_ids"] == [number] * 20 and (store[number]["hidden_states"] == number).all()
+
+
+def test_a_store_may_be_larger_than_memory(tmp_path):
+    """A map that the system counts against memory as a whole cannot be made of a file of 2 TB."""
+    wide = 1 << 20
+    with HiddenStore(tmp_path, fingerprint={}, width=wide) as store:
+        store.append("first", [1], [1], torch.ones(1, wide))
+    tokens = (1 << 41) // (4 * wide) - 1
+    os.truncate(tmp_path / "hidden.bin", (1 + tokens) * 4 * wide)  # a hole: it takes no room on the disk
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"key": "last", "input_ids": [2], "labels": [2], "offset": tokens, "length": 1}) + "\n")
+    store = HiddenStore.load(tmp_path)
+    assert store[0]["hidden_states"].eq(1).all() and store[1]["hidden_states"].eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore:2 of 6 rows were cut")
+def test_rows_of_a_store_reach_workers_by_its_path(tmp_path):
+    fill(tmp_path, range(6))
+    encoded, stats = encode_rows(HiddenStore.load(tmp_path), None, max_length=4)
+    assert stats.kept == len(encoded) and all(len(row["hidden_states"]) <= 4 for row in encoded)
+    assert len(pickle.dumps(encoded)) < 2000  # the path, not the states
+    loader = torch.utils.data.DataLoader(
+        encoded, batch_size=2, num_workers=1, collate_fn=MTPCollator(0), multiprocessing_context="spawn"
+    )
+    alone = [MTPCollator(0)(encoded[at : at + 2]) for at in range(0, len(encoded), 2)]
+    for batch, wanted in zip(loader, alone, strict=True):
+        assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+
+
+def test_a_view_holds_the_chosen_answers_in_the_order_asked_for(tmp_path):
+    fill(tmp_path, range(4))
+    whole = HiddenStore.load(tmp_path)
+    names = whole.keys()
+    view = pickle.loads(pickle.dumps(HiddenStore.load(tmp_path, keys=[names[2], "none", names[0]])))
+    assert view.keys() == [names[2], names[0]] and len(view) == 2
+    assert torch.equal(view[0]["hidden_states"], whole[2]["hidden_states"]) and view[1]["key"] == names[0]

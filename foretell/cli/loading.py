@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,5 +29,34 @@ def load_target(path: str, dtype: str = "auto", from_scratch: bool = False) -> t
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no tokenizer could be loaded ({error}); save one beside the model.") from None
     if torch.cuda.is_available():
-        model.to("cuda")
+        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")  # each process of torchrun its own
     return model, tokenizer
+
+
+def chat_template(name: str, tokenizer: Any) -> str:
+    """The chat template of a file, one of TRL's by its name, or for "auto" TRL's training variant of the tokenizer's
+    own (where it has none, the tokenizer's own).
+
+    Raises:
+        ValueError: no such file or template.
+    """
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    try:
+        import trl
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        raise ValueError(
+            f"chat_template: got {name!r}, wanted a file; templates by name are TRL's: pip install trl."
+        ) from None
+    if name == "auto":
+        try:
+            return get_training_chat_template(tokenizer) or tokenizer.chat_template
+        except ValueError:
+            return tokenizer.chat_template
+    found = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
+    if name not in found:
+        raise ValueError(
+            f"chat_template: got {name!r}, wanted a file, 'auto', or one of TRL's: {', '.join(sorted(found))}."
+        )
+    return found[name].read_text(encoding="utf-8")

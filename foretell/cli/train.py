@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from foretell.cli.loading import DTYPES, load_target
+from foretell.cli.loading import DTYPES, chat_template, load_target
 from foretell.config import ConfigError, parse_settings, to_yaml
 from foretell.methods.base import METHODS, MTPConfig, config_class, load_preset
 
@@ -30,6 +31,12 @@ class TrainSettings:
         default=False, metadata={"help": "The target answers the prompts itself first (resumable)."}
     )
     regenerate_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the training rows: a file, a name of TRL's (qwen3_training, ...), or auto (TRL's for it)."
+        },
+    )
     from_scratch: bool = field(
         default=False, metadata={"help": "Random weights from the model's config (joint training)."}
     )
@@ -81,16 +88,17 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             "output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR."
         )
-    from foretell.data.formats import load_rows
+    from foretell.data.formats import detect_form, load_rows
     from foretell.data.prompts import encode_rows
     from foretell.data.vocabulary import coverage, frequent_tokens
     from foretell.mtp import get_mtp_model
     from foretell.training.regenerate import eos_ids, regenerate
     from foretell.training.trainer import MTPTrainer, teacher_problems
 
-    rows = load_rows(settings.data)
+    args.device  # noqa: B018 sets up the processes of torchrun, each with its device
+    rows = load_rows(settings.data, skip_bad=args.skip_bad_rows)
     if settings.eval_data is not None:
-        train_rows, eval_rows = rows, load_rows(settings.eval_data, split="test")
+        train_rows, eval_rows = rows, load_rows(settings.eval_data, split="test", skip_bad=args.skip_bad_rows)
     else:
         held = max(1, min(64, len(rows) // 20))
         train_rows, eval_rows = rows[:-held] or rows, rows[-held:]
@@ -99,27 +107,44 @@ def main(argv: Sequence[str]) -> int:
     teacher = None if settings.teacher_model is None else load_target(settings.teacher_model, settings.dtype)[0]
     if wrong := teacher_problems(mtp, args, teacher):  # before the target answers anything
         raise ValueError("; ".join(wrong))
-    train_set: Any = train_rows
-    if settings.regenerate:
-        folder = Path(args.output_dir) / "answers"
-        train_set, _ = regenerate(
+    reader = tokenizer
+    if settings.chat_template is not None:
+        reader = copy.deepcopy(tokenizer)  # the one that is saved keeps its own template
+        reader.chat_template = chat_template(settings.chat_template, tokenizer)
+
+    def encoded(rows: Any) -> Any:
+        vocab_size, skip = mtp.target.vocab_size, args.skip_bad_rows
+        return encode_rows(rows, reader, args.max_length, args.assistant_only_loss, vocab_size, skip)[0]
+
+    def answered(rows: Any) -> Any:
+        return regenerate(
             mtp,
-            train_rows,
+            rows,
             tokenizer,
-            folder,
+            Path(args.output_dir) / "answers",
             max_new_tokens=settings.regenerate_max_new_tokens,
             keep_hidden=not args.trains_target and mtp.module.reads_states,
-        )
+            seed=args.seed,
+            skip_bad=args.skip_bad_rows,
+        )[0]
+
+    # evaluation rows first: what is wrong with them is said before the target answers thousands of prompts
+    prompts_only = settings.regenerate and any(detect_form(row) == "prompt" for row in eval_rows)
+    eval_set = answered(eval_rows) if prompts_only else encoded(eval_rows)
+    train_set = answered(train_rows) if settings.regenerate else encoded(train_rows)
     if module.draft_vocab_size is not None:
-        encoded, _ = encode_rows(train_set, tokenizer, args.max_length, args.assistant_only_loss)
-        ids = frequent_tokens(encoded, module.draft_vocab_size, mtp.target.vocab_size, sorted(eos_ids(mtp, tokenizer)))
+        ids = frequent_tokens(
+            train_set, module.draft_vocab_size, mtp.target.vocab_size, sorted(eos_ids(mtp, tokenizer))
+        )
         mtp.module.set_draft_vocabulary(ids)
-        print(f"draft vocabulary: {len(ids)} tokens cover {100 * coverage(encoded, ids):.1f} % of the answers")
+        print(
+            f"draft vocabulary: {len(ids)} tokens cover {100 * coverage(eval_set, ids):.1f} % of the held-out answers"
+        )
     trainer = MTPTrainer(
         model=mtp,
         args=args,
         train_dataset=train_set,
-        eval_dataset=eval_rows,
+        eval_dataset=eval_set,
         processing_class=tokenizer,
         teacher_model=teacher,
     )

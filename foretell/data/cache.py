@@ -15,7 +15,9 @@ at any moment loses at most the answer it was writing, and the next run goes on 
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,8 +73,10 @@ class HiddenStore(Sequence):
         self._open(folder, writable=True)
 
     @classmethod
-    def load(cls, folder: str | Path) -> HiddenStore:
+    def load(cls, folder: str | Path, keys: Sequence[str] | None = None) -> HiddenStore:
         """Open a finished or growing store for reading: what is whole now; nothing on disk is touched.
+
+        keys: the answers to see, in this order; those that the store does not have are left out. None sees all.
 
         Raises:
             FileNotFoundError: no store there.
@@ -83,6 +87,9 @@ class HiddenStore(Sequence):
             raise FileNotFoundError(f"{folder}: no meta.json, wanted the folder of a store.")
         store = cls.__new__(cls)
         store._open(folder, writable=False)
+        if keys is not None:
+            lines = {key: store._lines[store._index[key]] for key in keys if key in store._index}
+            store._index, store._lines = {key: at for at, key in enumerate(lines)}, list(lines.values())
         return store
 
     def _open(self, folder: Path, writable: bool) -> None:
@@ -238,10 +245,7 @@ class HiddenStore(Sequence):
             return row
         offset, length = row.pop("offset"), row.pop("length")
         if self._map_ND is None or self._map_ND.shape[0] < offset + length:
-            # private map: whoever writes into a row by mistake changes memory, never the file
-            count = self._hidden_tokens * self.width
-            flat_N = torch.from_file(str(self.folder / "hidden.bin"), shared=False, size=count, dtype=self.dtype)
-            self._map_ND = flat_N.view(self._hidden_tokens, self.width)
+            self._map_ND = _map(self._hidden_file, self._hidden_tokens, self.width, self.dtype)
         return row | {"hidden_states": self._map_ND[offset : offset + length]}
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -273,7 +277,7 @@ class HiddenStore(Sequence):
 
     def __reduce__(self):
         # workers of a data loader get a reader of their own
-        return HiddenStore.load, (self.folder,)
+        return HiddenStore.load, (self.folder, self.keys())
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -283,6 +287,15 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and {"key", "input_ids", "labels"} <= row.keys() else None
+
+
+def _map(file: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The states [N, D] of a file that may be larger than memory: pages are read when they are touched."""
+    # private: whoever writes into a row by mistake changes memory, never the file. Not reserved: a private map that can
+    # be written is else counted against memory, whole
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    size = tokens * width * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(file, size, flags=flags), dtype=dtype).view(tokens, width)
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

@@ -28,16 +28,18 @@ class Rows(Sequence):
         places: list[tuple[str, str, int]] | None = None,
         skipped: int = 0,
     ):
-        self._rows, self._name, self._places = rows, name, places
+        self.source, self._name, self._places = rows, name, places
         self.skipped = skipped  # bad ones, which are not among the rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.source)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        return self._rows[index]
+            chosen = range(*index.indices(len(self)))
+            places = [self._places[at] if self._places else (self._name, "index", at) for at in chosen]
+            return Rows([self[at] for at in chosen], self._name, places)
+        return self.source[index]
 
     def where(self, index: int) -> str:
         """The place of a row for people: "prompts.jsonl, line 17", or "rows[16]" where it came from Python."""

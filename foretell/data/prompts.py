@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foretell.data.cache import HiddenStore
 from foretell.data.chat import ChatTemplate, Span, chat_ids, warn_merged, without_none
 from foretell.data.formats import Problems, load_rows
 from foretell.data.rows import MASKS, as_list, detect_form
@@ -67,7 +68,7 @@ def encode_rows(
     assistant_only_loss: bool = True,
     vocab_size: int | None = None,
     skip_bad: bool = False,
-) -> tuple[list[dict[str, Any]], EncodeStats]:
+) -> tuple[Sequence[dict[str, Any]], EncodeStats]:
     """Encode rows for training. Rows with nothing left to train on are dropped; that and truncation are counted.
 
     Args:
@@ -77,14 +78,15 @@ def encode_rows(
         skip_bad: leave out rows that cannot be encoded; they are counted, and the first ones named in a warning.
 
     Returns:
-        The encoded rows, and what became of all of them.
+        The encoded rows (of a store a view, whose states stay on disk), and what became of all of them.
 
     Raises:
         ValueError: rows that cannot be encoded, up to ten at once, each with its place; or no row left.
     """
     rows = load_rows(rows, skip_bad=skip_bad)
-    encoded_rows, stats, problems = [], EncodeStats(rows=len(rows) + rows.skipped), Problems(skip_bad)
-    template = _template_of(tokenizer)
+    encoded_rows: list[Any] = []
+    stats, problems = EncodeStats(rows=len(rows) + rows.skipped), Problems(skip_bad)
+    template, stored = _template_of(tokenizer), isinstance(rows.source, HiddenStore)
     for first in range(0, len(rows), BATCH):
         some = rows[first : first + BATCH]
         for index, encoded in enumerate(_encode_some(some, tokenizer, assistant_only_loss, template), start=first):
@@ -104,7 +106,7 @@ def encode_rows(
             stats.kept += 1
             stats.tokens += len(encoded["input_ids"])
             stats.trained_tokens += trained
-            encoded_rows.append(encoded)
+            encoded_rows.append(index if stored else encoded)
     problems.close()
     stats.skipped = rows.skipped + problems.count
     lost = (
@@ -115,7 +117,22 @@ def encode_rows(
         raise ValueError(f"no row left to train on: {lost}. Wanted answers (assistant turns) within max_length.")
     if stats.truncated or stats.dropped:
         warnings.warn(lost, stacklevel=2)
-    return encoded_rows, stats
+    return (_Stored(rows.source, encoded_rows, max_length) if stored else encoded_rows), stats
+
+
+class _Stored(Sequence):
+    """Rows of a store, read when they are asked for: states stay on disk, and each worker opens the store itself."""
+
+    def __init__(self, store: HiddenStore, indices: list[int], max_length: int | None):
+        self._store, self._indices, self._max_length = store, indices, max_length
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        return _cut(_encode_plain(self._store[self._indices[index]], "input_ids", None), self._max_length)
 
 
 def _encode_some(

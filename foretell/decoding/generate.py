@@ -9,6 +9,7 @@ given as `custom_generate`. What our loop cannot honour it refuses by name.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from foretell.decoding.arguments import OWN, Plan, open_to_transformers
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.models.slot_cache import CACHE_NAMES
-from foretell.types import SequenceState
+from foretell.types import Drafter, SequenceState
 
 _HANDLED_KWARGS = {*CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
 _NOT_HONOURED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "token_healing")
@@ -95,6 +96,9 @@ class MTPGenerate:
 
     def __init__(self, mtp: Any, **own: Any) -> None:
         self.mtp, self.own = mtp, own
+        self.watcher: Drafter | None = None  # sees every row that is kept
+        self.leave: Callable[[SequenceState], None] | None = None  # told of each text as it ends
+        self.stop_admitting: Callable[[], bool] | None = None  # true: texts that still wait stay as they are
         Plan.of(mtp, **own)  # what is wrong is said at once
 
     @property
@@ -132,7 +136,10 @@ class MTPGenerate:
         if length == "auto" or (plan.layout == "auto" and length):
             length = mtp.adaptive(plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold)
             length.begin()
-        stats = mtp.decoder(plan.drafters(mtp, plan.drawn and sample), plan.policy).run(
+        decoder = mtp.decoder(plan.drafters(mtp, plan.drawn and sample), plan.policy)
+        if self.watcher is not None:
+            decoder.watchers.append(self.watcher)
+        stats = decoder.run(
             sequences,
             scores,
             finish,
@@ -144,6 +151,8 @@ class MTPGenerate:
             slots=plan.slots,
             generator=plan.generator,
             emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
+            leave=self.leave,
+            stop_admitting=self.stop_admitting,
         )
         if streamer is not None:
             streamer.end()

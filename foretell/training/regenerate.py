@@ -1,4 +1,5 @@
-"""On-policy data: the target answers the prompts itself, greedily, in continuous batches; a killed run goes on.
+"""On-policy data: the target answers the prompts itself, as its own generate would, in continuous batches; a killed run
+goes on, and several processes share the prompts.
 
 What a module must predict is what the target will say, so the target's own answers are the cheapest large gain there is
 (FastMTP: 1.67x -> 1.81x). The states that the target had while answering can be kept: training then needs no forward of
@@ -9,22 +10,29 @@ the target at all.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from foretell.data.cache import HiddenStore
-from foretell.data.prompts import encode_prompt
+from foretell.data.prompts import encode_prompts
+from foretell.decoding.generate import MTPGenerate
 from foretell.decoding.loop import HiddenRecorder
-from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.types import IGNORE_INDEX, SequenceState
+
+BATCH = 4096  # prompts that are prepared together
+NOT_DECIDING = ("transformers_version", "_from_model_config", "return_dict_in_generate", "max_new_tokens", "max_length")
 
 
 def eos_ids(mtp: MTPModel, tokenizer: Any) -> set[int]:
@@ -43,77 +51,182 @@ def regenerate(
     max_new_tokens: int = 256,
     keep_hidden: bool = True,
     slots: int = 64,
+    seed: int = 0,
+    skip_bad: bool = False,
     deadline: Callable[[], bool] | None = None,
 ) -> tuple[HiddenStore, GenerationStats | None]:
     """Answer the prompts of rows (any form with a prompt) and store answers, labels and states in folder.
 
-    Labels cover the answer only, its end token included. Answers that are stored already are not made again; a store
-    made by another model or with other settings is refused. deadline() true: no further prompt is begun.
-    Returns the store, opened for reading, and the stats of what was made now (None if nothing was missing).
+    The answers are those of the model's own generate under its own generation config. Labels cover the answer only, its
+    end token included; an answer cut at max_new_tokens ends in no such token. Answers that are stored already are not
+    made again; a store made by another model or with other settings is refused. Where torch.distributed is set up, each
+    process answers a share of the prompts on its own device, and all return the whole store.
+
+    Args:
+        mtp: the target, and whose module the states are kept for.
+        rows: anything that `load_rows` takes.
+        tokenizer: of the target.
+        folder: of the store.
+        max_new_tokens: longest answer.
+        keep_hidden: keep the states that the module reads.
+        slots: answers that are decoded at once.
+        seed: of answers that the generation config says to sample.
+        skip_bad: leave out rows whose prompt cannot be encoded; they are counted and named in a warning.
+        deadline: true: no further prompt is begun.
+
+    Returns:
+        The store, opened for reading, with the answers to these prompts in their order; and the stats of what this
+        process made now (None if nothing was missing).
     """
-    prompts = [encode_prompt(row, tokenizer) for row in rows]
-    keys = [hashlib.sha256(json.dumps(p).encode()).hexdigest()[:24] for p in prompts]
-    fingerprint = {"target": mtp.target.fingerprint(), "max_new_tokens": max_new_tokens, "greedy": True}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("regenerate: got several processes that do not know each other; init_process_group first.")
+    prompts, _ = encode_prompts(rows, tokenizer, mtp.target.vocab_size, skip_bad)
+    by_key = {hashlib.sha256(json.dumps(p).encode()).hexdigest()[:24]: p for p in prompts}
+    own = {
+        name: value for name, value in mtp.model.generation_config.to_diff_dict().items() if name not in NOT_DECIDING
+    }
+    fingerprint: dict[str, Any] = {
+        "target": mtp.target.fingerprint(),
+        "max_new_tokens": max_new_tokens,
+        "generation": own | {"eos_token_id": sorted(eos_ids(mtp, tokenizer))},
+    }
+    if own.get("do_sample"):
+        fingerprint["seed"] = seed
     if keep_hidden:
         fingerprint["hidden_source"] = mtp.mtp_config.hidden_source
-    width = mtp.target.hidden_size if keep_hidden else None
-    dtype = mtp.target.dtype if keep_hidden else torch.float32
-    with HiddenStore(folder, fingerprint=fingerprint, width=width, dtype=dtype) as store:
-        missing = {key: i for i, key in enumerate(keys) if key not in store}
-        stats = _answer(
-            mtp, prompts, keys, missing, store, eos_ids(mtp, tokenizer), max_new_tokens, keep_hidden, slots, deadline
+    about: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "width": mtp.target.hidden_size if keep_hidden else None,
+        "dtype": mtp.target.dtype if keep_hidden else torch.float32,
+    }
+    folder = Path(folder)
+    together = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30)) if world > 1 else None
+    if rank == 0:
+        _merge(folder, about)  # shares of a run that was killed, of however many processes
+    if together is not None:
+        dist.barrier(together)
+    done = set(HiddenStore.load(folder).keys())
+    answer = _Answering(mtp, tokenizer, max_new_tokens, keep_hidden, slots, seed, deadline)
+    with HiddenStore(folder if world == 1 else folder / f"share-{rank}", **about) as store:
+        stats = answer.all(store, list(by_key.items()), done, rank, world)
+    if together is not None:
+        dist.barrier(together)
+        if rank == 0:
+            _merge(folder, about)
+        dist.barrier(together)
+    return HiddenStore.load(folder, keys=list(by_key)), stats
+
+
+def _merge(folder: Path, about: dict[str, Any]) -> None:
+    """Make the store if there is none, and move what single processes answered into it."""
+    with HiddenStore(folder, **about) as store:
+        for share in sorted(folder.glob("share-*")):
+            part = HiddenStore(share, **about)  # made with the same settings, or an error
+            part.close()
+            with HiddenStore.load(share) as part:
+                for at, key in enumerate(part.keys()):
+                    if key not in store:
+                        row = part[at]
+                        store.append(key, row["input_ids"], row["labels"], row.get("hidden_states"))
+            shutil.rmtree(share)
+
+
+class _Answering:
+    """How prompts are answered: transformers prepares processors, criteria and end tokens, our loop decodes."""
+
+    def __init__(
+        self,
+        mtp: MTPModel,
+        tokenizer: Any,
+        max_new_tokens: int,
+        keep_hidden: bool,
+        slots: int,
+        seed: int,
+        deadline: Callable[[], bool] | None,
+    ) -> None:
+        self.mtp, self.seed, self.slots, self.deadline = mtp, seed, slots, deadline
+        self.recorder = HiddenRecorder(mtp.module.source) if keep_hidden else None
+        config = mtp.model.generation_config
+        self.samples = bool(config.do_sample)
+        # processors that look for repeated runs of tokens would find some in padding
+        self.pads = not config.no_repeat_ngram_size
+        self.settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": sorted(eos_ids(mtp, tokenizer)) or None,
+            "return_dict_in_generate": True,
+        }
+        if config.stop_strings:
+            self.settings["tokenizer"] = tokenizer
+        if config.pad_token_id is None and not self.settings["eos_token_id"]:
+            self.settings["pad_token_id"] = 0
+
+    def all(
+        self, store: HiddenStore, prompts: list[tuple[str, list[int]]], done: set[str], rank: int, world: int
+    ) -> GenerationStats | None:
+        """Answer this process's share of the prompts that are not done; stats of what was made."""
+        made: GenerationStats | None = None
+        batches = self._batches(prompts, done)[rank::world]
+        self.done = done | set(store.keys())
+        with Progress("answers", total=sum(len(batch) for _, batch in batches), unit="answers") as bar:
+            for number, batch in batches:
+                if self.deadline is not None and self.deadline():
+                    break
+                stats = self._some(store, batch, number, bar)
+                if made is None:
+                    made = stats
+                else:
+                    made.records += stats.records
+        return made
+
+    def _batches(self, prompts: list[tuple[str, list[int]]], done: set[str]) -> list[tuple[int, list]]:
+        """Prompts that are answered in one run, under the number that seeds what they draw.
+
+        What is drawn depends on who is drawn beside it: such batches are the same in every run, and one of which
+        anything is missing is answered again, whole.
+        """
+        groups: dict[int, list[tuple[str, list[int]]]] = {}
+        for key, prompt in prompts:
+            if self.samples or key not in done:
+                groups.setdefault(0 if self.pads else len(prompt), []).append((key, prompt))
+        size = self.slots if self.samples else BATCH
+        cut = [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+        return [(number, batch) for number, batch in enumerate(cut) if any(key not in done for key, _ in batch)]
+
+    def _some(self, store: HiddenStore, batch: list, number: int, bar: Progress) -> GenerationStats:
+        mtp, width = self.mtp, max(len(prompt) for _, prompt in batch)
+        # filled up with a token that the prompt has anyway: what asks which tokens are there is told nothing new
+        filled = [[prompt[0]] * (width - len(prompt)) + prompt for _, prompt in batch]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt in batch]
+
+        def leave(sequence: SequenceState) -> None:
+            key, T, prompt = batch[sequence.index][0], len(sequence.tokens), sequence.prompt_length
+            states_TD = None
+            if self.recorder is not None:
+                # the last token was never read by the target: its row is zeros, and no loss looks there
+                states_TD = torch.zeros(T, mtp.target.hidden_size, dtype=mtp.target.dtype)
+                states_TD[: T - 1] = self.recorder.states(sequence)[: T - 1]
+            if key not in self.done:
+                self.done.add(key)
+                store.append(key, sequence.tokens, [IGNORE_INDEX] * prompt + sequence.tokens[prompt:], states_TD)
+                bar.update(1)
+
+        run = MTPGenerate(
+            mtp,
+            num_draft_tokens=0,
+            slots=self.slots,
+            generator=torch.Generator(mtp.device).manual_seed(self.seed * 1_000_003 + number),
         )
-    return HiddenStore.load(folder), stats
-
-
-def _answer(
-    mtp: MTPModel,
-    prompts: list[list[int]],
-    keys: list[str],
-    missing: dict[str, int],
-    store: HiddenStore,
-    eos: set[int],
-    max_new_tokens: int,
-    keep_hidden: bool,
-    slots: int,
-    deadline: Callable[[], bool] | None,
-) -> GenerationStats | None:
-    sequences = [SequenceState(list(prompts[i]), len(prompts[i]), i) for i in missing.values()]
-    if not sequences:
-        return None
-    decoder = mtp.decoder(None)
-    recorder = HiddenRecorder(mtp.module.source)
-    decoder.watchers = [recorder] if keep_hidden else []
-    stop_early = deadline if deadline is not None else (lambda: False)
-
-    def leave(sequence: SequenceState) -> None:
-        T, prompt = len(sequence.tokens), sequence.prompt_length
-        labels = [IGNORE_INDEX] * prompt + sequence.tokens[prompt:]
-        states_TD = None
-        if keep_hidden:  # the last token was never read by the target: its row is zeros, and no loss looks there
-            states_TD = torch.zeros(T, mtp.target.hidden_size, dtype=mtp.target.dtype)
-            states_TD[: T - 1] = recorder.states(sequence)[: T - 1]
-        if T - prompt >= 2:
-            store.append(keys[sequence.index], sequence.tokens, labels, states_TD)
-
-    with Progress("answers", total=len(sequences), unit="answers") as bar:
-        made = {"tokens": 0}
-
-        def finished(sequence: SequenceState) -> bool:
-            new = len(sequence.tokens) - sequence.prompt_length
-            return sequence.tokens[-1] in eos or new >= max_new_tokens
-
-        def left(sequence: SequenceState) -> None:
-            leave(sequence)
-            made["tokens"] += len(sequence.new_tokens)
-            bar.update(1, tokens=made["tokens"])
-
-        return decoder.run(
-            sequences,
-            RowScores(None, False),
-            finished,
-            max_tokens=max(s.prompt_length for s in sequences) + max_new_tokens,
-            slots=slots,
-            leave=left,
-            stop_admitting=stop_early,
-        )
+        run.watcher, run.leave, run.stop_admitting = self.recorder, leave, self.deadline
+        learning = [part for part in mtp.modules() if part.training]
+        mtp.eval()
+        try:
+            return mtp.model.generate(
+                torch.tensor(filled, device=mtp.device),
+                attention_mask=torch.tensor(mask, device=mtp.device),
+                custom_generate=run,
+                **self.settings,
+            ).stats
+        finally:
+            for part in learning:
+                part.training = True

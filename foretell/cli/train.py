@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         train_rows, eval_rows = rows, load_rows(settings.eval_data, split="test", skip_bad=args.skip_bad_rows)
     else:
         held = max(1, min(64, len(rows) // 20))
-        train_rows, eval_rows = rows[:-held] or rows, rows[-held:]
+        train_rows, eval_rows = rows.part(slice(-held)) or rows, rows.part(slice(-held, None))
     model, tokenizer = load_target(settings.model, settings.dtype, settings.from_scratch)
     mtp = get_mtp_model(model, module)
     teacher = None if settings.teacher_model is None else load_target(settings.teacher_model, settings.dtype)[0]

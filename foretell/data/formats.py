@@ -36,10 +36,14 @@ class Rows(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            chosen = range(*index.indices(len(self)))
-            places = [self._places[at] if self._places else (self._name, "index", at) for at in chosen]
-            return Rows([self[at] for at in chosen], self._name, places)
+            return [self[at] for at in range(*index.indices(len(self)))]
         return self.source[index]
+
+    def part(self, chosen: slice) -> Rows:
+        """These of the rows, with their places."""
+        indices = range(*chosen.indices(len(self)))
+        places = [self._places[at] if self._places else (self._name, "index", at) for at in indices]
+        return Rows(self[chosen], self._name, places)
 
     def where(self, index: int) -> str:
         """The place of a row for people: "prompts.jsonl, line 17", or "rows[16]" where it came from Python."""

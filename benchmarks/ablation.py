@@ -76,7 +76,7 @@ def run(model: Any, tokenizer: Any, store: Any, arm: tuple, steps: int, seed: in
     last = next(entry for entry in reversed(trainer.state.log_history) if "mtp_loss" in entry)
     found: dict[str, Any] = {"loss": last["mtp_loss"], "parameters": sum(p.numel() for p in mtp.module.parameters())}
     inputs = left_padded([encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]], mtp.device)
-    for drafts in range(1, min(3, mtp.drafter().longest) + 1):
+    for drafts in range(1, min(3, mtp.module.longest_draft) + 1):
         out = mtp.generate(
             **inputs, max_new_tokens=64, do_sample=False, num_draft_tokens=drafts, return_dict_in_generate=True
         )

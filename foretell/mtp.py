@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from foretell.checkpoint import check_target, load_tensors, read_config, save_mo
 from foretell.data.collate import to_batch
 from foretell.decoding.adaptive import AdaptiveLength, CostCurve, FixedLength
 from foretell.decoding.generate import MTPGenerate, MTPGenerateOutput
-from foretell.decoding.loop import Decoder
 from foretell.decoding.policies import SPANS
-from foretell.decoding.spans import SpanDecoder, SpanLength
+from foretell.decoding.spans import SpanLength
+from foretell.decoding.workspaces import Workspace, Workspaces
 from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
 from foretell.models.fast import weights_version
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import check_depth, next_labels, prefix_labels
-from foretell.types import Drafter, LossSum
+from foretell.types import Drafter, LossSum, ModuleDrafter
 
 LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 
@@ -39,10 +39,11 @@ class MTPModel(nn.Module):
         self.target = Target(model)
         self.module = config.build(self.target)
         self.notes: dict[str, Any] = {}  # what trained it; saved with it
-        self._decoder: Decoder | None = None
-        self._drafters: dict[tuple[str, bool], tuple[tuple[int, ...], Drafter]] = {}
+        # the module takes the target's mode, and nobody changes the target's
+        self.training = model.training
+        self.module.train(model.training)
+        self._workspaces = Workspaces()
         self._curve: CostCurve | None = None
-        self._adaptive: dict[tuple[Any, ...], AdaptiveLength] = {}
 
     @property
     def config(self) -> Any:
@@ -201,12 +202,9 @@ class MTPModel(nn.Module):
             self.device
         )
         batch = to_batch(inputs)
-        was_training = self.training
-        self.eval()
-        rows = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
-        out = self.module.draft_logits(self.target, batch, rows)
-        self.train(was_training)
-        return out
+        with _in_eval_mode(self):
+            rows = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+            return self.module.draft_logits(self.target, batch, rows)
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
@@ -259,32 +257,44 @@ class MTPModel(nn.Module):
             generator=generator,
             slots=slots,
         )
-        was_training = self.training
-        self.eval()
-        try:
-            return self.model.generate(inputs, custom_generate=run, **kwargs)
-        finally:
-            self.train(was_training)
+        return self.model.generate(inputs, custom_generate=run, **kwargs)
 
-    def drafter(self, sample: bool = False) -> Drafter:
-        """A drafter over the module's and the output head's current weights, kept until they change."""
-        version, key = weights_version(self.module) + weights_version(self.target.head), ("mtp", sample)
+    def drafter(self, space: Workspace | None = None, sample: bool = False) -> ModuleDrafter:
+        """A drafter over the module's and the output head's current weights, with storage of its own or a workspace's.
+
+        Packed weights are shared by all of them, and made anew when the weights have changed.
+        """
+        version = weights_version(self.module) + weights_version(self.target.head)
         version += tuple(buffer._version for buffer in self.module.buffers())  # the draft vocabulary among them
-        if key not in self._drafters or self._drafters[key][0] != version:
+
+        def make() -> ModuleDrafter:
             self.target.refresh()  # the drafter borrows its packed head
-            if key in self._drafters:
-                self._adaptive.clear()  # what was learned is about the old weights
-            self._drafters[key] = (version, self.module.drafter(self.target, sample))
-        return self._drafters[key][1]
+            return self.module.drafter(self.target)
+
+        packed = self._workspaces.packed(version, make)
+        return packed.another(sample) if space is None else space.drafter(packed, sample)
+
+    def workspace(self) -> AbstractContextManager[Workspace]:
+        """Caches for a call of one's own: threads, and calls inside calls, each have theirs."""
+        return self._workspaces.lease()
+
+    def release(self) -> None:
+        """Give back all memory that decoding keeps for the next call, which makes it anew: caches, packed weights, and
+        what was learned for num_draft_tokens="auto".
+        """
+        self._workspaces.release()
+        self.target.release()
 
     def cost_curve(self) -> CostCurve:
         """Seconds of one target forward against its rows, measured on first use."""
-        if self._curve is None:
-            self._curve = CostCurve.measure(self.target)
-        return self._curve
+        with self._workspaces.lock:
+            if self._curve is None:
+                self._curve = CostCurve.measure(self.target)
+            return self._curve
 
     def adaptive(
         self,
+        space: Workspace,
         drafter: Any,
         do_sample: bool,
         layout: str | None = None,
@@ -293,14 +303,14 @@ class MTPModel(nn.Module):
         threshold: float | None = None,
     ) -> AdaptiveLength:
         """Who decides lengths for num_draft_tokens="auto", and with a fixed length only the layout of masks; for
-        drafters given by name, kept between calls.
+        drafters given by name, kept in the workspace between calls.
         """
         curve, key = self.cost_curve(), (drafter, do_sample, layout, length, policy, threshold)
         made = FixedLength(curve, length) if isinstance(length, int) else AdaptiveLength(curve, LONGEST_AUTO)
         if policy in SPANS:
             longest = min(self.module.longest_draft, LONGEST_AUTO)
             made = SpanLength(curve, longest, certain=policy == "static_k", masks=self.module.lays_masks)
-        return self._adaptive.setdefault(key, made) if isinstance(drafter, str) else made
+        return space.adaptive.setdefault(key, made) if isinstance(drafter, str) else made
 
     @property
     def reference(self) -> str:
@@ -310,14 +320,18 @@ class MTPModel(nn.Module):
             return "the trained student at k = 1, not the model it was trained from"
         return getattr(self.module, "reference", "the target")
 
-    def decoder(self, drafter: Drafter | None, policy: str = "lossless") -> Decoder:
-        """The decoder of a policy, its caches kept between calls."""
-        kind = SpanDecoder if policy in SPANS else Decoder
-        if type(self._decoder) is not kind:
-            self._decoder = kind(self.target)
-        self._decoder.drafter = drafter
-        self._decoder.watchers = [drafter] if drafter is not None else []
-        return self._decoder
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """While this is open; afterwards every part has the mode that it had."""
+    learning = [part for part in model.modules() if part.training]
+    for part in learning:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in learning:
+            part.training = True
 
 
 def custom_generate(mtp: MTPModel, **settings: Any) -> Callable[..., Tensor | MTPGenerateOutput]:

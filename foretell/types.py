@@ -1,4 +1,4 @@
-"""Words that the layers share: what a batch, a draft and a verdict are, and the protocols between methods and decoding.
+"""Words that the layers share: a batch, a draft, a verdict, and what methods and decoding ask of each other.
 
 Shape letters, used as suffixes in the whole package:
 B sequences in a batch, T positions of a row, R rows of one token-tree forward, L positions visible in the cache,
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 IGNORE_INDEX = -100  # torch's cross_entropy default: a label that no loss counts
 PAD_DOCUMENT = -1  # document number of padding
@@ -105,6 +105,7 @@ class SequenceState:
     pad_token_id: int = 0
     record: list[Verification] = field(default_factory=list)
     done: bool = False
+    broken: bool = False  # its own states are no numbers any more: nothing is drafted for it, its slot is wiped
     reread_at: int = 0  # length of the text when it was read anew, since the model turned by other angles from there on
 
     @property
@@ -121,13 +122,11 @@ class SequenceState:
 Worth = Callable[..., bool]
 
 
-class Drafter(Protocol):
-    """Proposes tokens for sequences. decoding/loop.py calls; methods and decoding/lookup.py implement."""
-
-    name: str
+class Watcher:
+    """Told of every token that the target reads; keeps what it likes of it, by slot. decoding/loop.py calls."""
 
     def open(self, slots: int, capacity: int) -> None:
-        """Make room for that many sequences of at most that many tokens."""
+        """A new run: at most so many sequences at once, of at most so many tokens. Storage may grow with their use."""
 
     def start(self, slot: int) -> None:
         """A new sequence takes this slot."""
@@ -135,11 +134,55 @@ class Drafter(Protocol):
     def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
         """The target has read tokens: rows kept[b] of its forward are sequence b's newest cached positions."""
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """The sequence in one slot now lives in another."""
+
+
+class Drafter(Watcher):
+    """Proposes tokens for sequences. One of your own gives `name` and `draft`, and of the rest what it needs."""
+
+    name = "drafter"
+    calls = 0  # forwards so far: what a step of drafting is; 0 where it makes none
+    generator: Generator | None = None  # of its draws: the caller's, set before each run
+
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """At most lengths[b] tokens deep for sequence b; all 0 asks for nothing and must cost nothing.
 
         worth(name, b, draft) is asked before each further step of sequence b: False ends its chain there.
         """
+        raise TypeError(f"{type(self).__name__} drafts nothing.")
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """The sequence in one slot now lives in another."""
+    def borrow(self, cache: Any) -> None:
+        """The target's cache, before each run, for passes of one's own: they write beyond what is cached."""
+
+    def carriers(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], adaptive: Any
+    ) -> tuple[int, list[list[int]]]:
+        """(K, of each sequence the rows that carry a block of K masks in the forward that verifies these drafts: 0 its
+        last token, i + 1 its draft i); (0, ...) where no masks are read.
+        """
+        return 0, []
+
+    def timing(self, spent: tuple[float, int]) -> dict[str, tuple[float, int]]:
+        """(seconds, steps) that each drafter within spent of the last draft."""
+        return {self.name: spent}
+
+
+class ModuleDrafter(Drafter):
+    """A module's own: what can also commit its tokens unverified, as spans."""
+
+    draft_vocab_ids: Tensor | None = None  # [M] the tokens that logits speak of; None: all
+    sample = False  # draw drafts from the module's distribution, instead of its best guesses
+
+    def another(self, sample: bool) -> ModuleDrafter:
+        """A drafter with storage of its own over the same weights."""
+        raise TypeError(f"{type(self).__name__} has no copies.")
+
+    def span(self, masks: int) -> None:
+        """The next forward reads the last span, and below it so many masks where the method lays any."""
+
+    def span_logits(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
+    ) -> Tensor:
+        """[B, M] of depth k below the last span, which `rows` are of; anything for a sequence with asked[b] < k."""
+        raise TypeError(f"{type(self).__name__} commits no spans.")

@@ -11,9 +11,10 @@ import torch
 from tiny import tiny_model
 from torch import Tensor, nn
 
+from foretell.decoding.compose import Composed
 from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import MTPModel, get_mtp_model
-from foretell.types import Draft, SequenceState, Worth
+from foretell.types import Draft, Drafter, SequenceState, Worth
 
 # architecture: how far the target leans on its last token, and a seed whose text is neither constant nor unpredictable
 LEAN = {
@@ -54,7 +55,7 @@ def knowing_mtp(model: nn.Module, noise: float = 0.0, **settings: object) -> MTP
     return mtp
 
 
-class Scripted:
+class Scripted(Drafter):
     """Base of the scripted drafters; it proposes nothing. It also holds the loop to its protocol: every cached
     position of every sequence is observed once and in order, in the slot where the sequence lives, also after it moved.
     """
@@ -181,7 +182,6 @@ class Sampling(Scripted):
     def __init__(self, probs_VV: Tensor, width: int = 1) -> None:
         super().__init__()
         self.probs_VV, self.width = probs_VV, width
-        self.generator: torch.Generator | None = None  # the decoder sets it
 
     def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
         draft, at, last = Draft(probs=[]), -1, sequence.tokens[-1]
@@ -193,15 +193,13 @@ class Sampling(Scripted):
         return draft
 
 
-class Spy:
+class Spy(Composed):
     """Passes everything on to a drafter and keeps what it drafted: (sequence's index, its cached tokens, draft)."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.name = inner, inner.name
+    def __init__(self, inner: Drafter) -> None:
+        super().__init__([inner])
+        self.inner = inner
         self.drafted: list[tuple[int, int, Draft]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         drafts = self.inner.draft(sequences, lengths, worth)

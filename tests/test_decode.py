@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer
 
 import foretell
+from foretell.data.cache import HiddenRecorder
 from foretell.decoding import loop
 from foretell.decoding.adaptive import CostCurve
+from foretell.decoding.compose import Composed
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.mtp import MTPModel
@@ -378,8 +380,9 @@ def test_caches_are_reused_across_calls():
         inputs = prompts(*lengths, seed=new)
         out = run(mtp, inputs, max_new_tokens=new, drafter=drafter)
         assert out.sequences.tolist() == reference(target(), inputs, max_new_tokens=new).tolist()
-        caches.append(mtp._decoder.cache)
-    assert caches[0] is not caches[1] and all(c is caches[1] for c in caches[1:])
+        with mtp.workspace() as space:
+            caches.append(space.cache)
+    assert all(cache is caches[0] for cache in caches)
 
 
 @pytest.mark.parametrize("drafter", ["mtp", "mtp+lookup", "tree"])
@@ -535,7 +538,7 @@ def test_recorded_states_are_those_of_the_text():
     inputs, mtp = prompts(11, 6, 14, 1), mtp_of()
     wanted = reference(target(), inputs, max_new_tokens=16)
     texts_of = texts(inputs, wanted)
-    recorder = loop.HiddenRecorder(lambda rows: rows.post_norm_BRD)
+    recorder = HiddenRecorder(lambda rows: rows.post_norm_BRD)
     decoder = loop.Decoder(mtp.target, Branching(texts_of, (2, 0, 1)))
     decoder.watchers.append(recorder)
     states: dict[int, Tensor] = {}
@@ -562,14 +565,10 @@ def test_recorded_states_are_those_of_the_text():
 def test_drafts_follow_when_the_asked_length_changes():
     """Depths that were not asked for catch up later, over rows of several rounds."""
 
-    class Moody:
-        name = "moody"
-
+    class Moody(Composed):
         def __init__(self, inner: Any) -> None:
+            super().__init__([inner])
             self.inner, self.round = inner, 0
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
 
         def draft(self, sequences: Any, lengths: list[int], worth: Any = None) -> Any:
             self.round += 1

@@ -26,13 +26,13 @@ import foretell
 from foretell.decoding.adaptive import AdaptiveLength, CostCurve, FixedLength
 from foretell.decoding.arguments import LAYOUTS
 from foretell.decoding.loop import Decoder
-from foretell.decoding.trees import lay_masks
 from foretell.methods.masked import MaskedConfig
 from foretell.methods.masked_drafter import MaskedDrafter
 from foretell.models.fast import FusedLayer
 from foretell.models.gated_lora import GatedLinear
 from foretell.models.slot_cache import SlotCache
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.ops.tree import lay_masks
 from foretell.types import Draft, SequenceState
 
 K = 3
@@ -197,18 +197,18 @@ def test_streamers_and_transformers_own_door(layout):
     assert ours.told == through.told == theirs.told and ours.ends == through.ends == 1
 
 
-def test_blocks_end_where_the_cache_does():
-    """Beside lookup there are more rows that carry masks than the module drafts alone: here they would not all fit."""
-    mtp, short = knowing(target(), noise=1.0), 0
+def test_blocks_beside_another_drafter_beyond_the_text():
+    """Beside lookup there are more rows that carry masks than the module drafts alone: the cache grows."""
+    mtp, far = knowing(target(), noise=1.0), 0
     for seed in (0, 1, 5, 7):
-        mtp._decoder, inputs = None, prompts(8, seed=seed)
+        inputs = prompts(8, seed=seed)
         out = run(mtp, inputs, max_new_tokens=36, drafter="mtp+lookup", draft_layout="quadratic")
         assert out.sequences.tolist() == reference(target(), inputs, max_new_tokens=36).tolist()
         cached = 7
         for v in out.stats.records[0]:
-            short += cached + (1 + v.drafted) * (1 + K) > mtp._decoder.cache.capacity
+            far += cached + (1 + v.drafted) * (1 + K) > 8 + 36
             cached += v.emitted
-    assert short > 2
+    assert far > 2
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -662,7 +662,8 @@ def test_auto_follows_the_machine(n):
     mtp, inputs = copy.copy(fitted()), BATCHES["one"][0]
     told = {}
     for name, curve in (("flat", FLAT), ("steep", STEEP)):
-        mtp._curve, mtp._adaptive = curve, {}
+        mtp.release()
+        mtp._curve = curve
         for layout in ("auto", "quadratic"):
             length = n if layout == "auto" else K
             out = run(mtp, inputs, max_new_tokens=60, num_draft_tokens=length, draft_layout=layout)
@@ -685,7 +686,8 @@ def test_rounds_for_the_clock_end(layout, monkeypatch):
 
     monkeypatch.setattr(AdaptiveLength, "learn", by_the_curve)  # whatever else this machine is doing
     mtp, inputs, plain = copy.copy(fitted()), BATCHES["one"][0], AdaptiveLength.PLAIN_ROUNDS
-    mtp._curve, mtp._adaptive = CostCurve({1: 1.0, 64: 1.2}, measured=True), {}
+    mtp.release()
+    mtp._curve = CostCurve({1: 1.0, 64: 1.2}, measured=True)
     stats = run(mtp, inputs, max_new_tokens=60, num_draft_tokens="auto", draft_layout=layout).stats
     assert stats.drafted[0][:plain] == [0] * plain
     assert total(stats.accepted) > 15 and sum(d > 0 for d in stats.drafted[0]) > len(stats.drafted[0]) / 3

@@ -141,11 +141,35 @@ def test_a_row_beyond_the_capacity_of_the_last_slot_does_not_leak():
     assert [float(x) for x in cache._storage[0][0][:8, 0, 0]] == [1, 1, 1, 7, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("first", "count", "visible"), [(0, 3, 4), (2, 1, 4), (0, 2, 9)])
-def test_what_does_not_fit_is_refused(first, count, visible):
+@pytest.mark.parametrize(("first", "count", "visible"), [(0, 3, 4), (2, 1, 4), (0, 2, 9), (0, 1, 3000)])
+def test_what_does_not_fit_makes_it_grow(first, count, visible):
+    """Columns and slots, in the middle of a run: what was there stays, all that is new is zero."""
     cache = SlotCache(2, 8)
-    with pytest.raises(ValueError, match="cache of 2 slots x 8 tokens cannot hold slots .*: open it larger"):
-        cache.begin(first, torch.zeros(count, dtype=torch.long), None, 1, visible)
+    old = torch.randn(2, H, 4, E)
+    cache.begin(0, torch.tensor([0, 0]), None, 4, 4)
+    cache.update(old, old, 0)
+    layout = cache.layout
+    cache.begin(first, torch.full((count,), 4), None, 1, max(visible, 5))
+    assert cache.layout != layout and cache.slots >= first + count and cache.capacity >= visible
+    new = torch.full((count, H, 1, E), 7.0)
+    cache.update(new, new, 0)
+    wanted = torch.zeros(cache.slots, cache.capacity, H, E)
+    wanted[:2, :4] = old.transpose(1, 2)
+    wanted[first : first + count, 4] = 7.0
+    for flat in cache.held(0):
+        assert torch.equal(flat[: cache.slots * cache.capacity].view_as(wanted), wanted)
+
+
+def test_rows_serve_other_slots():
+    """A run of many short texts and one of a long one share the same memory."""
+    cache = SlotCache(16, 20)
+    cache.begin(0, torch.zeros(16, dtype=torch.long), None, 20, 20)
+    cache.update(torch.ones(16, H, 20, E), torch.ones(16, H, 20, E), 0)
+    before = cache.held(0)[0].data_ptr()
+    cache.open()
+    cache.reserve(1, 300)
+    assert (cache.slots, cache.capacity) == (1, 320) and cache.held(0)[0].data_ptr() == before
+    assert not cache.held(0)[0].any()
 
 
 def test_keys_and_values_of_different_width():

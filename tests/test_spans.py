@@ -453,14 +453,12 @@ def test_rows_are_those_of_the_last_span_and_its_masks():
 
 
 def test_the_last_span_fits_into_the_cache():
-    """Its masks stand behind the longest text there may be, and those of sequences that go on do, too. Capacities are
-    multiples of 64.
-    """
+    """Its masks stand behind the longest text there may be, and those of sequences that go on do, too."""
     mtp, inputs = mixed(), prompts(11, 11, 11, 11)
     for k in (2, 3, 4):
         settings = {"policy": "confadapt", "confidence_threshold": 0.5, "num_draft_tokens": k}
         whole = run(mtp, inputs, max_new_tokens=64, **settings).sequences
-        mtp._decoder = None
+        mtp.release()
         assert run(mtp, inputs, max_new_tokens=64 - 11, **settings).sequences.tolist() == whole[:, :64].tolist()
 
 
@@ -546,7 +544,8 @@ def test_the_command_line_marks_what_is_lossy(tmp_path, capsys, monkeypatch):
 
 def auto(curve: CostCurve, batch: str, **settings: Any) -> Any:
     mtp, (inputs, slots) = mixed(), BATCHES[batch]
-    mtp._adaptive, mtp._curve = {}, curve
+    mtp.release()
+    mtp._curve = curve
     return run(mtp, inputs, num_draft_tokens="auto", slots=slots, **{"max_new_tokens": 60, **settings})
 
 
@@ -646,12 +645,15 @@ def test_the_clock_has_the_last_word(monkeypatch):
 
 def test_what_was_learned_stays_with_its_rule():
     mtp, inputs = mixed(), BATCHES["one"][0]
-    mtp._adaptive, mtp._curve = {}, CHEAP
+    mtp.release()
+    mtp._curve = CHEAP
     for settings in (STATIC, ADAPT, {**ADAPT, "confidence_threshold": 0.5}, ADAPT, {}):
         run(mtp, inputs, num_draft_tokens="auto", max_new_tokens=6, **settings)
-    kinds = [type(one) is SpanLength for one in mtp._adaptive.values()]
-    assert len(kinds) == 4 and sum(kinds) == 3
-    assert isinstance(mtp.decoder(None, "static_k"), SpanDecoder) and type(mtp.decoder(None)) is Decoder
+    with mtp.workspace() as space:
+        kinds = [type(one) is SpanLength for one in space.adaptive.values()]
+        assert len(kinds) == 4 and sum(kinds) == 3
+        assert isinstance(space.decoder(mtp.target, None, "static_k"), SpanDecoder)
+        assert type(space.decoder(mtp.target, None)) is Decoder
 
 
 def test_what_was_waited_between_probes_outlives_a_call():

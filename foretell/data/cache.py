@@ -19,12 +19,14 @@ import mmap
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from foretell.types import SequenceState, Watcher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = 1
@@ -348,3 +350,34 @@ def _check_meta(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
             + "\n  ".join(differing)
             + "\nUse another folder, or run with the settings it was begun with."
         )
+
+
+class HiddenRecorder(Watcher):
+    """Keeps the states of every token that the target reads while it decodes: training needs no second forward."""
+
+    def __init__(self, source: Callable[[Any], Tensor]) -> None:
+        """source: the states [B, R, D] of a forward's rows that are kept."""
+        self.source = source
+        self._parts: list[list[Tensor]] = []
+
+    def open(self, slots: int, capacity: int) -> None:
+        """See Watcher."""
+        self._parts = [[] for _ in range(slots)]
+
+    def start(self, slot: int) -> None:
+        """See Watcher."""
+        self._parts[slot] = []
+
+    def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
+        """See Watcher."""
+        states_BRD = self.source(rows)
+        for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
+            self._parts[sequence.slot].append(states_BRD[b, path].cpu())
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See Watcher."""
+        self._parts[target] = self._parts[source]
+
+    def states(self, sequence: SequenceState) -> Tensor:
+        """[cached, D] of a sequence that is about to leave."""
+        return torch.cat(self._parts[sequence.slot])

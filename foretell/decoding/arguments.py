@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from foretell.decoding.compose import Composed
+from foretell.decoding.compose import Composed, as_drafter
 from foretell.decoding.lookup import PromptLookup
 from foretell.decoding.policies import SPANS, check_policy
 from foretell.decoding.spans import span_drafts, threshold_of
@@ -58,6 +58,8 @@ class Plan:
         unknown = [] if not isinstance(drafter, str) else [n for n in drafter.split("+") if n not in ("mtp", "lookup")]
         if unknown:
             raise ValueError(f"drafter: got {drafter!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or Drafter objects.")
+        if not isinstance(drafter, str):
+            _as_drafters(drafter)
         if policy in SPANS:
             drawn = None if draft_sample_method == "greedy" else draft_sample_method
             how = {"draft_tree": draft_tree, "draft_layout": draft_layout, "draft_sample_method": drawn}
@@ -108,21 +110,25 @@ class Plan:
             slots=slots,
         )
 
-    def drafters(self, mtp: Any, sample: bool) -> Drafter | None:
-        """Who drafts, with the module's part set up; sample: whether the module's drafts are drawn."""
+    def drafters(self, mtp: Any, space: Any, sample: bool) -> Drafter | None:
+        """Who drafts in this workspace, with the module's part set up; sample: whether its drafts are drawn."""
         if self.length == 0:
             return None
         drafter = self.drafter
         if isinstance(drafter, str):
             names = sorted(drafter.split("+"), key=lambda name: name != "lookup")  # what costs nothing proposes first
-            own: Any = mtp.drafter(sample) if "mtp" in names else None
+            own: Any = mtp.drafter(space, sample) if "mtp" in names else None
             if own is not None and mtp.module.guesses_trees:
                 own.tree = self.tree
             if own is not None and mtp.module.lays_masks:
                 own.layout, own.masks = self.layout or "quadratic", self.masks
             drafter = [own if name == "mtp" else PromptLookup() for name in names]
-        several = list(drafter) if isinstance(drafter, (list, tuple)) else [drafter]
+        several = _as_drafters(drafter)
         return several[0] if len(several) == 1 else Composed(several)
+
+
+def _as_drafters(given: Any) -> list[Drafter]:
+    return [as_drafter(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
 
 
 OWN = tuple(name for name in inspect.signature(Plan.of).parameters if name != "mtp")

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from foretell.models.slot_cache import SlotCache
 from foretell.types import Draft, Drafter, SequenceState, Worth
 
 
-class Composed:
+class Composed(Drafter):
     """Drafts of several drafters, merged. A token that two propose in one place is one row and names both."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
@@ -20,80 +19,96 @@ class Composed:
             raise ValueError("got no drafters, wanted at least one.")
         self.drafters = list(drafters)
         self.name = "+".join(d.name for d in drafters)
+        self._timing: dict[str, tuple[float, int]] = {}
 
     @property
-    def calls(self) -> int:
+    def calls(self) -> int:  # type: ignore[override]
         """Forwards of all of them."""
-        return sum(getattr(d, "calls", 0) for d in self.drafters)
+        return sum(drafter.calls for drafter in self.drafters)
 
     @property
-    def generator(self) -> torch.Generator | None:
+    def generator(self) -> torch.Generator | None:  # type: ignore[override]
         """Seeds those that sample."""
-        found = [getattr(drafter, "generator", None) for drafter in self.drafters]
-        return next((generator for generator in found if generator is not None), None)
+        return self.drafters[0].generator
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
         for drafter in self.drafters:
-            if hasattr(drafter, "generator"):
-                drafter.generator = generator
+            drafter.generator = generator
 
-    @property
-    def blocks(self) -> Any:
-        """Of the one that reads masks in the target's forward; None where there is none."""
-        return next((drafter.blocks for drafter in self.drafters if hasattr(drafter, "blocks")), None)
-
-    @property
-    def extra_rows(self) -> int:
-        """Rows that masks may take."""
-        return sum(getattr(drafter, "extra_rows", 0) for drafter in self.drafters)
-
-    def lend(self, cache: SlotCache) -> None:
-        """The target's cache, for those with passes of their own."""
+    def borrow(self, cache: Any) -> None:
+        """See Drafter."""
         for drafter in self.drafters:
-            if hasattr(drafter, "lend"):
-                drafter.lend(cache)
+            drafter.borrow(cache)
+
+    def carriers(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], adaptive: Any
+    ) -> tuple[int, list[list[int]]]:
+        """See Drafter: of the one that reads masks in the target's forward, if there is one."""
+        found = (drafter.carriers(sequences, drafts, adaptive) for drafter in self.drafters)
+        return next((one for one in found if one[1]), (0, []))
+
+    def timing(self, spent: tuple[float, int]) -> dict[str, tuple[float, int]]:
+        """See Drafter."""
+        return dict(self._timing)
 
     def open(self, slots: int, capacity: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         for drafter in self.drafters:
             drafter.open(slots, capacity)
 
     def start(self, slot: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         for drafter in self.drafters:
             drafter.start(slot)
 
     def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
-        """See Drafter."""
+        """See Watcher."""
         for drafter in self.drafters:
             drafter.observe(sequences, rows, kept)
 
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
         merged = [Draft() for _ in sequences]
-        self.timing: dict[str, tuple[float, int]] = {}
         for drafter in self.drafters:
             asked = worth and (lambda name, b, draft: worth(name, b, draft, merged[b]))
-            drafts, self.timing[drafter.name] = timed_draft(drafter, sequences, lengths, asked)
+            drafts, self._timing[drafter.name] = timed_draft(drafter, sequences, lengths, asked)
             for into, draft in zip(merged, drafts, strict=True):
                 merge(into, draft)
         return merged
 
     def move(self, source: int, target: int, length: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         for drafter in self.drafters:
             drafter.move(source, target, length)
+
+
+def as_drafter(given: Any) -> Drafter:
+    """A Drafter as it is; another object that drafts is given the defaults for what it leaves out.
+
+    Raises:
+        ValueError: it does not draft.
+    """
+    if isinstance(given, Drafter):
+        return given
+    if not callable(getattr(given, "draft", None)):
+        raise ValueError(
+            f"drafter: got {given!r}, wanted 'mtp', 'lookup', 'mtp+lookup', or objects of a subclass of "
+            "foretell.types.Drafter."
+        )
+    made: Any = object.__new__(type(type(given).__name__, (type(given), Drafter), {}))
+    made.__dict__ = given.__dict__  # the same object to its owner
+    return made
 
 
 def timed_draft(
     drafter: Drafter, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None
 ) -> tuple[list[Draft], tuple[float, int]]:
     """A drafter's drafts, and (seconds, steps) they took: forwards where it counts them, else its longest draft."""
-    before, start = getattr(drafter, "calls", 0), time.perf_counter()
+    before, start = drafter.calls, time.perf_counter()
     drafts = drafter.draft(sequences, lengths, worth)
     seconds = time.perf_counter() - start
-    steps = getattr(drafter, "calls", 0) - before or max(map(len, drafts), default=0)
+    steps = drafter.calls - before or max(map(len, drafts), default=0)
     return drafts, (seconds, steps)
 
 

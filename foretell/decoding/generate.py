@@ -22,7 +22,7 @@ from foretell.decoding.arguments import OWN, Plan, open_to_transformers
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.models.slot_cache import CACHE_NAMES
-from foretell.types import Drafter, SequenceState
+from foretell.types import SequenceState, Watcher
 
 _HANDLED_KWARGS = {*CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
 _NOT_HONOURED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "token_healing")
@@ -96,7 +96,7 @@ class MTPGenerate:
 
     def __init__(self, mtp: Any, **own: Any) -> None:
         self.mtp, self.own = mtp, own
-        self.watcher: Drafter | None = None  # sees every row that is kept
+        self.watchers: list[Watcher] = []  # see every row that is kept
         self.leave: Callable[[SequenceState], None] | None = None  # told of each text as it ends
         self.stop_admitting: Callable[[], bool] | None = None  # true: texts that still wait stay as they are
         Plan.of(mtp, **own)  # what is wrong is said at once
@@ -132,28 +132,27 @@ class MTPGenerate:
         sample = bool(generation_config.do_sample)
         sequences = _sequences(input_ids_BT, model_kwargs, _pad_token(generation_config))
         scores, finish = RowScores(logits_processor, sample), Finish(stopping_criteria, B)
-        length: Any = plan.length
-        if length == "auto" or (plan.layout == "auto" and length):
-            length = mtp.adaptive(plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold)
-            length.begin()
-        decoder = mtp.decoder(plan.drafters(mtp, plan.drawn and sample), plan.policy)
-        if self.watcher is not None:
-            decoder.watchers.append(self.watcher)
-        stats = decoder.run(
-            sequences,
-            scores,
-            finish,
-            max_tokens=max(finish.max_length or 0, T + 1),
-            num_draft_tokens=length,
-            policy=plan.policy,
-            confidence_threshold=plan.threshold,
-            reference=mtp.reference,
-            slots=plan.slots,
-            generator=plan.generator,
-            emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
-            leave=self.leave,
-            stop_admitting=self.stop_admitting,
-        )
+        with mtp.workspace() as space:
+            length: Any = plan.length
+            if length == "auto" or (plan.layout == "auto" and length):
+                length = mtp.adaptive(space, plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold)
+                length.begin()
+            drafter = plan.drafters(mtp, space, plan.drawn and sample)
+            stats = space.decoder(mtp.target, drafter, plan.policy, self.watchers).run(
+                sequences,
+                scores,
+                finish,
+                max_tokens=max(finish.max_length or 0, T + 1),
+                num_draft_tokens=length,
+                policy=plan.policy,
+                confidence_threshold=plan.threshold,
+                reference=mtp.reference,
+                slots=plan.slots,
+                generator=plan.generator,
+                emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
+                leave=self.leave,
+                stop_admitting=self.stop_admitting,
+            )
         if streamer is not None:
             streamer.end()
         width = max(len(s.new_tokens) for s in sequences)

@@ -6,12 +6,11 @@ Saxena 2023, "Prompt Lookup Decoding"; transformers has it as prompt_lookup_num_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from foretell.types import Draft, SequenceState, Worth
+from foretell.types import Draft, Drafter, SequenceState, Worth
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Longest n-gram first, most recent place first. An index per slot grows with the text: no rescan."""
 
     name = "lookup"
@@ -20,19 +19,15 @@ class PromptLookup:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"got min_ngram={min_ngram}, max_ngram={max_ngram}; wanted 1 <= min_ngram <= max_ngram.")
         self.max_ngram, self.min_ngram = max_ngram, min_ngram
-        self.calls = 0
 
     def open(self, slots: int, capacity: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         self._index: list[dict[tuple[int, ...], int]] = [{} for _ in range(slots)]
         self._read = [0] * slots
 
     def start(self, slot: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         self._index[slot], self._read[slot] = {}, 0
-
-    def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
-        """Nothing to keep: the text itself is the source."""
 
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
@@ -60,5 +55,5 @@ class PromptLookup:
         return draft
 
     def move(self, source: int, target: int, length: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         self._index[target], self._read[target] = self._index[source], self._read[source]

@@ -11,104 +11,142 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from foretell.decoding.adaptive import AdaptiveLength, subset
+from foretell.decoding.adaptive import AdaptiveLength
 from foretell.decoding.compose import timed_draft
 from foretell.decoding.policies import LOSSY
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
-from foretell.decoding.trees import lay_masks
 from foretell.decoding.verify import verify, verify_greedy
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
-from foretell.types import Draft, Drafter, SequenceState, Verdict, Verification
+from foretell.ops.tree import lay_masks
+from foretell.types import Draft, Drafter, SequenceState, Verdict, Verification, Watcher
 
 PREFILL_ROWS = 512  # rows a sequence in one prefill forward: longer prompts are read in exact chunks
 PREFILL_TOKENS = 4096  # rows of all sequences in one prefill forward
 
 
+@dataclass
+class Rules:
+    """What a run was asked for; nothing of it changes while it goes on.
+
+    finished: asked after every single token. max_tokens: longest that a sequence gets, prompt included. longest: drafts
+    a verification, or who decides. threshold: of policy "confadapt". reference: whose output is the target's here.
+    slots: how many are decoded at once. emit: told of each round's new tokens. leave: told of each sequence as it ends
+    (its slot is still whole then). stop_admitting: once true, sequences still waiting are left as they are.
+    """
+
+    scores: RowScores
+    finished: Callable[[SequenceState], bool]
+    max_tokens: int
+    num_draft_tokens: int | AdaptiveLength = 0
+    policy: str = "lossless"
+    confidence_threshold: float | None = None
+    reference: str = "the target"
+    slots: int = 64
+    generator: torch.Generator | None = None
+    emit: Callable[[SequenceState, list[int]], None] | None = None
+    leave: Callable[[SequenceState], None] | None = None
+    stop_admitting: Callable[[], bool] | None = None
+
+
 class Decoder:
-    """Decodes sequences with a target and, if given, a drafter. Caches are kept between calls and grow when needed."""
+    """Decodes sequences with a target and, if given, a drafter, in a cache that runs use one after the other."""
 
-    def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        cache: SlotCache | None = None,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
         self.target, self.drafter = target, drafter
-        self.watchers: list[Drafter] = [drafter] if drafter is not None else []
-        self._cache: SlotCache | None = None
-        self._kind: tuple[torch.device, torch.dtype] | None = None  # of the target that the cache was made for
+        self.cache = SlotCache() if cache is None else cache
+        self.watchers: list[Watcher] = [*([] if drafter is None else [drafter]), *watchers]
 
-    @torch.no_grad()
     def run(
         self,
         sequences: Sequence[SequenceState],
         scores: RowScores,
         finished: Callable[[SequenceState], bool],
-        *,
-        max_tokens: int,
-        num_draft_tokens: int | AdaptiveLength = 0,
-        policy: str = "lossless",
-        confidence_threshold: float | None = None,
-        reference: str = "the target",
-        slots: int = 64,
-        generator: torch.Generator | None = None,
-        emit: Callable[[SequenceState, list[int]], None] | None = None,
-        leave: Callable[[SequenceState], None] | None = None,
-        stop_admitting: Callable[[], bool] | None = None,
+        **rules: Any,
     ) -> GenerationStats:
-        """Extend each sequence until finished(sequence) is true; it is asked after every single token.
+        """Extend each sequence until finished(sequence) is true; rules: the rest of Rules."""
+        return self._start(sequences, Rules(scores, finished, **rules)).go()
 
-        max_tokens: longest that a sequence gets, prompt included. confidence_threshold: of policy "confadapt".
-        reference: whose output is the target's here. slots: how many are decoded at once. emit: told of each round's
-        new tokens. leave: told of each sequence as it ends (its slot is still whole then).
-        stop_admitting: once true, sequences still waiting are left as they are.
-        """
-        self.scores, self.finished, self.policy, self.generator = scores, finished, policy, generator
-        self.adaptive = num_draft_tokens if isinstance(num_draft_tokens, AdaptiveLength) else None
-        self.length = num_draft_tokens if isinstance(num_draft_tokens, int) else 0
-        self.threshold = confidence_threshold
-        self.stats = GenerationStats.of(policy, policy not in LOSSY, sequences)
-        self.stats.confidence_threshold, self.stats.reference = confidence_threshold, reference
-        self.stats.seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
-        self.target.refresh()
-        longest = self.adaptive.longest if self.adaptive else self.length
-        slots = min(slots, max(len(sequences), 1))
-        self._open(slots, max_tokens + 2 * longest + 2 + getattr(self.drafter, "extra_rows", 0))
-        if hasattr(self.drafter, "generator"):
-            self.drafter.generator = generator
+    def _start(self, sequences: Sequence[SequenceState], rules: Rules) -> Run:
+        return Run(self, sequences, rules)
+
+
+class Run:
+    """One run of a Decoder: all that changes while it goes on. Nothing of it is left behind when it ends."""
+
+    def __init__(self, decoder: Decoder, sequences: Sequence[SequenceState], rules: Rules) -> None:
+        self.rules = rules
+        self.target, self.drafter, self.cache = decoder.target, decoder.drafter, decoder.cache
+        self.watchers = list(decoder.watchers)
+        length = rules.num_draft_tokens
+        self.adaptive = length if isinstance(length, AdaptiveLength) else None
+        self.length = length if isinstance(length, int) else 0
+        self.slots = min(rules.slots, max(len(sequences), 1))
         # longest prompts first: they share prefill forwards with others of their length
-        waiting = sorted(sequences, key=lambda s: len(s.tokens))
+        self.waiting = sorted(sequences, key=lambda s: len(s.tokens))
         self.active: list[SequenceState] = []
-        while waiting or self.active:
-            if stop_admitting is not None and stop_admitting():
-                waiting = []
-            free = slots - len(self.active)
-            if waiting and free >= min(len(waiting), max(1, slots // 8)):
-                self._admit([waiting.pop() for _ in range(min(free, len(waiting)))])
+        self.stats = GenerationStats.of(rules.policy, rules.policy not in LOSSY, sequences)
+        self.stats.confidence_threshold, self.stats.reference = rules.confidence_threshold, rules.reference
+        self.stats.seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0}
+
+    @torch.no_grad()
+    def go(self) -> GenerationStats:
+        """The whole run: rounds, until every sequence has ended."""
+        rules = self.rules
+        self.target.refresh()
+        self.cache.open()
+        longest = self.adaptive.longest if self.adaptive is not None else self.length
+        for watcher in self.watchers:
+            watcher.open(self.slots, rules.max_tokens + longest)  # drafts may be accepted beyond a text's end
+        calls = 0
+        if self.drafter is not None:
+            self.drafter.borrow(self.cache)
+            self.drafter.generator, calls = rules.generator, self.drafter.calls
+        while self.waiting or self.active:
+            if rules.stop_admitting is not None and rules.stop_admitting():
+                self.waiting = []
+            free = self.slots - len(self.active)
+            if self.waiting and free >= min(len(self.waiting), max(1, self.slots // 8)):
+                self._admit([self.waiting.pop() for _ in range(min(free, len(self.waiting)))])
             if not self.active:
                 break
             self._reread()
             for sequence, tokens in self._round():
-                if emit is not None and tokens:
-                    emit(sequence, tokens)
-            self._leave(leave)
-        self.stats.draft_forwards = getattr(self.drafter, "calls", 0) - self._calls_before
+                if rules.emit is not None and tokens:
+                    rules.emit(sequence, tokens)
+            self._leave()
+        if self.drafter is not None:
+            self.stats.draft_forwards = self.drafter.calls - calls
         return self.stats
 
     def _round(self) -> list[tuple[SequenceState, list[int]]]:
         """Draft, lay out the token tree, forward, verify, keep, emit."""
         active = self.active
         start = time.perf_counter()
-        # a tree too broad for what is left of the cache loses its last rows
-        room = self.cache.capacity - max(s.cached for s in active) - 1 - getattr(self.drafter, "extra_rows", 0)
-        drafts = [subset(d, range(min(len(d), room))) for d in self._drafts()]
+        proposed, drafts, drafting = self._drafts()
         drafted = time.perf_counter()
         # 1. one target forward
-        masks, carriers = self._masks_below(drafts)
-        rows, R = self._read([s.tokens[-1] for s in active], drafts, masks, carriers)
+        last = [s.tokens[-1] for s in active]
+        rows, R = self._read(last, drafts, *self._carriers(drafts))
         # 2. verify
         logits_BRV = self.target.logits(rows.post_norm_BRD[:, : 1 + max(len(d) for d in drafts)], view=True)
+        if self._overflowed(rows):
+            drafts = [Draft() for _ in active]
+            rows, R = self._read_alone(last, drafts)
+            logits_BRV = self.target.logits(rows.post_norm_BRD, view=True)
         verdicts = self._verdicts(active, drafts, logits_BRV)
         self.stats.verifications += 1
         # 3. keep the last token's row and the accepted path; what was refused will be written over
@@ -125,7 +163,7 @@ class Decoder:
         if self.adaptive is not None:
             told = [[*(d.tokens[i] for i in v.path), v.token] for d, v in zip(drafts, verdicts, strict=True)]
             spent = time.perf_counter() - start
-            self.adaptive.learn(self._proposed, told, self._drafting, len(active) * R, spent)
+            self.adaptive.learn(proposed, told, drafting, len(active) * R, spent)
         return emitted
 
     def _read(
@@ -149,6 +187,8 @@ class Decoder:
                 steps_BR, R, valid_rows_B = self._tensor(steps), len(parents[0]), None
             parents_BR = self._tensor(parents)
             position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
+        visible = max(s.cached for s in active) + R
+        self.cache.reserve(len(active), visible)
         rows = self.target.forward_rows(
             self._tensor(ids),
             lengths_B,
@@ -156,7 +196,7 @@ class Decoder:
             position_ids_BR=position_ids_BR,
             parents_BR=parents_BR,
             valid_rows_B=valid_rows_B,
-            visible=max(s.cached for s in active) + R,
+            visible=visible,
             full=R == 1 and len({s.cached for s in active}) == 1,
             steps_BR=steps_BR,
             read_as=[s.read_as for s in active],
@@ -166,28 +206,48 @@ class Decoder:
         self.stats.target_rows += len(active) * R
         return rows, R
 
-    def _masks_below(self, drafts: list[Draft]) -> tuple[int, list[list[int]]]:
-        """(K, of each sequence the rows that carry K masks): some drafters read masks in the verifying forward."""
-        lays = getattr(self.drafter, "blocks", None)
-        return (0, []) if lays is None else lays(self.active, drafts, self.adaptive)
+    def _overflowed(self, rows: TargetRows) -> list[SequenceState]:
+        """Sequences with states that are no numbers, but for those that are known to be broken."""
+        fine = rows.post_norm_BRD.isfinite().flatten(1).all(1).tolist()
+        return [s for s, is_fine in zip(self.active, fine, strict=True) if not is_fine and not s.broken]
 
-    def _drafts(self) -> list[Draft]:
-        self._drafting: dict[str, tuple[float, int]] = {}
+    def _read_alone(self, first: list[int], below: list[Draft]) -> tuple[TargetRows, int]:
+        """_read of tokens that will stay, after a forward that gave no numbers: what was drafted, or a mask, may have
+        spoilt its whole text, since no mask hides a NaN. What still overflows does so in the target's own text.
+        """
+        for sequence in self.active:
+            self.cache.clear(sequence.slot, sequence.cached)
+        rows, R = self._read(first, below, 0, [])
+        for sequence in self._overflowed(rows):
+            sequence.broken = True
+        return rows, R
+
+    def _carriers(self, drafts: list[Draft]) -> tuple[int, list[list[int]]]:
+        """(K, of each sequence the rows that carry K masks): some drafters read masks in the verifying forward."""
+        if self.drafter is None:
+            return 0, []
+        masks, carriers = self.drafter.carriers(self.active, drafts, self.adaptive)
+        return masks, [[] if s.broken else rows for s, rows in zip(self.active, carriers, strict=False)]
+
+    def _drafts(self) -> tuple[list[Draft], list[Draft], dict[str, tuple[float, int]]]:
+        """(drafts as proposed, those of them to verify, each drafter's seconds and steps)."""
+        none = [Draft() for _ in self.active]
         if self.drafter is None or (self.adaptive is None and self.length == 0):
-            return [Draft() for _ in self.active]
-        if self.adaptive is None:
-            return self.drafter.draft(self.active, [min(self.length, self._room(s)) for s in self.active])
-        asked = self.adaptive.begin_round(len(self.active))
+            return none, none, {}
+        asked = [self.length] * len(none) if self.adaptive is None else self.adaptive.begin_round(len(none))
         lengths = [min(length, self._room(s)) for s, length in zip(self.active, asked, strict=True)]
+        if self.adaptive is None:
+            drafts = self.drafter.draft(self.active, lengths)
+            return drafts, drafts, {}
         if not any(lengths):
-            self._proposed = [Draft() for _ in self.active]
-            return self._proposed
-        self._proposed, spent = timed_draft(self.drafter, self.active, lengths, self.adaptive.worth)
-        self._drafting = dict(getattr(self.drafter, "timing", {self.drafter.name: spent}))
-        return self.adaptive.prune(self._proposed, spent[0])
+            return none, none, {}
+        proposed, spent = timed_draft(self.drafter, self.active, lengths, self.adaptive.worth)
+        return proposed, self.adaptive.prune(proposed, spent[0]), self.drafter.timing(spent)
 
     def _room(self, sequence: SequenceState) -> int:
-        """How deep drafts may go: not beyond where the text will be read anew."""
+        """How deep drafts may go: not beyond where the text will be read anew, and nowhere below a broken one."""
+        if sequence.broken:
+            return 0
         border = self.target.rereads_at
         return sys.maxsize if border is None or sequence.read_as > border else border - len(sequence.tokens)
 
@@ -203,13 +263,14 @@ class Decoder:
                     self._prefill([sequence])
 
     def _verdicts(self, active: list[SequenceState], drafts: list[Draft], logits_BRV: Tensor) -> list[Verdict]:
-        if self.scores.plain and self.policy == "lossless":
+        scores, policy = self.rules.scores, self.rules.policy
+        if scores.plain and policy == "lossless":
             argmax = logits_BRV.argmax(-1).tolist()
             return [verify_greedy(d, argmax[b][: 1 + len(d)]) for b, d in enumerate(drafts)]
         verdicts = []
         for b, (sequence, draft) in enumerate(zip(active, drafts, strict=True)):
-            scores_RV = self.scores(sequence, draft, logits_BRV[b, : 1 + len(draft)])
-            verdicts.append(verify(draft, scores_RV, self.scores.do_sample, self.generator, self.policy))
+            scores_RV = scores(sequence, draft, logits_BRV[b, : 1 + len(draft)])
+            verdicts.append(verify(draft, scores_RV, scores.do_sample, self.rules.generator, policy))
         return verdicts
 
     def _emit(self, sequence: SequenceState, draft: Draft, verdict: Verdict) -> list[int]:
@@ -227,7 +288,7 @@ class Decoder:
         """Append tokens one by one, up to the first that ends the sequence; how many there were."""
         for count, token in enumerate(tokens, start=1):
             sequence.tokens.append(token)
-            if self.finished(sequence):
+            if self.rules.finished(sequence):
                 sequence.done = True
                 return count
         return len(tokens)
@@ -240,6 +301,7 @@ class Decoder:
             for watcher in self.watchers:
                 watcher.start(slot)
         self.active.extend(new)
+        self.cache.reserve(len(self.active), max(len(s.tokens) for s in self.active))
         start = time.perf_counter()
         while new:
             share = max(1, PREFILL_TOKENS // min(PREFILL_ROWS, max(len(s.tokens) for s in new)))
@@ -268,32 +330,22 @@ class Decoder:
         for watcher in self.watchers:
             watcher.observe(group, rows, [list(range(c)) for c in counts])
 
-    def _leave(self, leave: Callable[[SequenceState], None] | None) -> None:
+    def _leave(self) -> None:
         """Finished sequences leave; the last active one moves into the hole, so that slots stay contiguous."""
         for slot in range(len(self.active) - 1, -1, -1):
-            if self.active[slot].done:
-                if leave is not None:
-                    leave(self.active[slot])
-                last = self.active.pop()
-                if last.slot != slot:
-                    for watcher in self.watchers:
-                        watcher.move(last.slot, slot, last.cached)
-                    self.cache.move(last.slot, slot, last.cached)
-                    last.slot = slot
-                    self.active[slot] = last
-
-    def _open(self, slots: int, capacity: int) -> None:
-        capacity = -(-capacity // 64) * 64
-        kind = (self.target.device, self.target.dtype)
-        if self._cache is None or self._cache.slots < slots or self._cache.capacity < capacity or kind != self._kind:
-            self._cache = None  # let go before the larger one is made
-            self._cache, self._kind = SlotCache(slots, capacity), kind
-        self.cache = self._cache
-        self._calls_before = getattr(self.drafter, "calls", 0)
-        for watcher in self.watchers:
-            watcher.open(self.cache.slots, self.cache.capacity)
-            if hasattr(watcher, "lend"):
-                watcher.lend(self.cache)
+            if not self.active[slot].done:
+                continue
+            if self.rules.leave is not None:
+                self.rules.leave(self.active[slot])
+            last = self.active.pop()
+            if last.slot != slot:
+                for watcher in self.watchers:
+                    watcher.move(last.slot, slot, last.cached)
+                self.cache.move(last.slot, slot, last.cached)
+                self.active[slot] = last
+            if last.broken:  # whoever comes to this slot must not find what it has left
+                self.cache.clear(last.slot)
+            last.slot = slot
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
@@ -305,39 +357,3 @@ def _depths(parents: list[int]) -> list[int]:
     for parent in parents:
         depths.append(depths[parent] + 1 if parent >= 0 else 0)
     return depths
-
-
-class HiddenRecorder:
-    """A watcher that keeps the states of every cached position, so that training needs no second forward."""
-
-    name, calls = "recorder", 0
-
-    def __init__(self, source: Callable[[TargetRows], Tensor]) -> None:
-        self.source = source
-        self._parts: list[list[Tensor]] = []
-
-    def open(self, slots: int, capacity: int) -> None:
-        """See Drafter."""
-        self._parts = [[] for _ in range(slots)]
-
-    def start(self, slot: int) -> None:
-        """See Drafter."""
-        self._parts[slot] = []
-
-    def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
-        """See Drafter."""
-        states_BRD = self.source(rows)
-        for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
-            self._parts[sequence.slot].append(states_BRD[b, path].cpu())
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """See Drafter."""
-        self._parts[target] = self._parts[source]
-
-    def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: object = None) -> list[Draft]:
-        """Proposes nothing."""
-        return [Draft() for _ in sequences]
-
-    def states(self, sequence: SequenceState) -> Tensor:
-        """[cached, D] of a sequence that is about to leave."""
-        return torch.cat(self._parts[sequence.slot])

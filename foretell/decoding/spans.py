@@ -12,37 +12,50 @@ Sequences are ragged, each with its own number of tokens to read again; no group
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foretell.decoding.adaptive import AdaptiveLength, CostCurve
-from foretell.decoding.loop import Decoder
+from foretell.decoding.loop import Decoder, Rules, Run
 from foretell.decoding.policies import SPANS
 from foretell.models.target import TargetRows
 from foretell.ops.sampling import draw, to_probs
-from foretell.types import Draft, SequenceState, Verification
+from foretell.types import Draft, ModuleDrafter, SequenceState, Verification
 
 CONFIDENCE = 0.9  # of ConfAdapt where none is given: what the paper's speeds are measured with
 
 
 class SpanDecoder(Decoder):
-    """A Decoder whose rounds commit spans. Between rounds a sequence has as many uncached tokens as its last span."""
+    """A Decoder whose rounds commit spans."""
+
+    def _start(self, sequences: Sequence[SequenceState], rules: Rules) -> Run:
+        return SpanRun(self, sequences, rules)
+
+
+class SpanRun(Run):
+    """Between rounds a sequence has as many uncached tokens as its last span."""
+
+    drafter: ModuleDrafter | None
 
     def _round(self) -> list[tuple[SequenceState, list[int]]]:
         """Forward over the last spans and the masks below them, the target's next token, then the module's; emit."""
-        active, drafter = self.active, cast(Any, self.drafter)
+        active, drafter = self.active, self.drafter
         start = time.perf_counter()
         K = self._offer()
         # 1. one target forward: the tokens that are not cached, in each sequence a chain, and masks below its last one
         fresh = [s.tokens[s.cached :] for s in active]
-        chains = [Draft(tokens[1:], list(range(-1, len(tokens) - 2))) for tokens in fresh]
-        if K and hasattr(drafter, "masks"):
-            drafter.layout, drafter.masks = "linear", K
-        rows, R = self._read([tokens[0] for tokens in fresh], chains, *(self._masks_below(chains) if K else (0, [])))
+        first, chains = [t[0] for t in fresh], [Draft(t[1:], list(range(-1, len(t) - 2))) for t in fresh]
+        masks: tuple[int, list[list[int]]] = (0, [])
+        if K and drafter is not None:
+            drafter.span(K)
+            masks = self._carriers(chains)
+        rows, R = self._read(first, chains, *masks)
+        if self._overflowed(rows):
+            K, (rows, R) = 0, self._read_alone(first, chains)
         self.stats.verifications += 1
         # 2. rows of a chain lie where they belong; what masks have written is written over by the next round
         last = [len(tokens) - 1 for tokens in fresh]
@@ -58,9 +71,9 @@ class SpanDecoder(Decoder):
             self._append(sequence, [token])
         read = time.perf_counter()
         # 4. the module's tokens, as far as it is sure
-        asked = [K if sure[b] and not s.done else 0 for b, s in enumerate(active)]
+        asked = [K if sure[b] and not (s.done or s.broken) else 0 for b, s in enumerate(active)]
         open_B = [b for b, s in enumerate(active) if not s.done]
-        drafts, steps = self._draft(asked, rows)
+        drafts, steps = self._span(asked, rows)
         drafted = time.perf_counter()
         emitted = []
         for sequence, draft in zip(active, drafts, strict=True):
@@ -82,11 +95,12 @@ class SpanDecoder(Decoder):
             return 0
         return self.adaptive.span(len(self.active)) if isinstance(self.adaptive, SpanLength) else self.length
 
-    def _draft(self, asked: list[int], rows: TargetRows) -> tuple[list[Draft], int]:
+    def _span(self, asked: list[int], rows: TargetRows) -> tuple[list[Draft], int]:
         """(at most asked[b] tokens of each sequence, up to the first row that is not sure; steps that it took)."""
         asked, drafts, k = list(asked), [Draft() for _ in asked], 0
         for k in range(1, max(asked) + 1):
-            logits_BM = self._depth_logits(drafts, asked, k, rows)
+            assert self.drafter is not None, "who offers nothing asks for nothing"
+            logits_BM = self.drafter.span_logits(self.active, drafts, k, asked, rows)
             sure = self._sure(logits_BM)
             for b, wanted in enumerate(asked):
                 if wanted >= k and not sure[b]:
@@ -95,54 +109,36 @@ class SpanDecoder(Decoder):
             if not go_on:
                 break
             texts = (replace(self.active[b], tokens=self.active[b].tokens + drafts[b].tokens) for b in go_on)
-            ids_M = cast(Any, self.drafter).module.draft_vocab_ids
-            for b, token in zip(go_on, self._choose(logits_BM[go_on], texts, ids_M), strict=True):
+            for b, token in zip(
+                go_on, self._choose(logits_BM[go_on], texts, self.drafter.draft_vocab_ids), strict=True
+            ):
                 drafts[b].tokens.append(token)
         return drafts, k
 
-    def _depth_logits(self, drafts: list[Draft], asked: list[int], k: int, rows: TargetRows) -> Tensor:
-        """[B, M] of depth k, anything for sequences that do not ask for it. What reads no token drafted before is read
-        for all depths at once: parallel heads, and masks without a sampler.
-        """
-        drafter: Any = self.drafter
-        at_once = hasattr(drafter, "_logits")
-        if not at_once and (not drafter.module.lays_masks or drafter.module.sampler is not None):
-            return drafter._step(self.active, drafts, k, asked)
-        if k == 1:
-            drafter.calls += 1
-            if at_once:
-                self._all_BKM = drafter._logits(self.active, max(asked))
-            else:
-                assert rows.blocks is not None, "who asks for depth 1 has laid masks"
-                first = [next(iter(block.values())) for block in rows.blocks]
-                at_BK = torch.tensor(first)[:, None] + torch.arange(drafter.masks)
-                states_BKD = rows.post_norm_BRD[torch.arange(len(first))[:, None], at_BK]
-                self._all_BKM = self.target.scaled(drafter._head(states_BKD))
-        return self._all_BKM[:, k - 1]
-
     def _sure(self, logits_NM: Tensor) -> list[bool]:
         """Whether each row's best token has at least the threshold, at temperature 1 and before logits processors."""
-        if self.threshold is None:
+        if self.rules.confidence_threshold is None:
             return [True] * len(logits_NM)
-        return (torch.softmax(logits_NM.float(), dim=-1).amax(-1) >= self.threshold).tolist()
+        return (torch.softmax(logits_NM.float(), dim=-1).amax(-1) >= self.rules.confidence_threshold).tolist()
 
     def _choose(self, logits_NM: Tensor, texts: Iterable[SequenceState], ids_M: Tensor | None = None) -> list[int]:
         """The token after each text, from its processed scores: the best, or a drawn one."""
-        if self.scores.plain:
+        processed = self.rules.scores
+        if processed.plain:
             best_N = logits_NM.argmax(-1)
             return (best_N if ids_M is None else ids_M[best_N]).tolist()
         logits_NV = logits_NM
         if ids_M is not None:  # processors speak of all tokens
             logits_NV = logits_NM.new_full((len(logits_NM), self.target.vocab_size), float("-inf"))
             logits_NV[:, ids_M] = logits_NM
-        if self.scores.prefix_free:  # whatever the text: all rows go together
-            scores_NV = self.scores(self.active[0], Draft(), logits_NV)
+        if processed.prefix_free:  # whatever the text: all rows go together
+            scores_NV = processed(self.active[0], Draft(), logits_NV)
         else:
-            scores = [self.scores(text, Draft(), row_V[None]) for text, row_V in zip(texts, logits_NV, strict=True)]
+            scores = [processed(text, Draft(), row_V[None]) for text, row_V in zip(texts, logits_NV, strict=True)]
             scores_NV = torch.cat(scores)
-        if not self.scores.do_sample:
+        if not processed.do_sample:
             return scores_NV.argmax(-1).tolist()
-        return draw(to_probs(scores_NV, do_sample=True), self.generator).tolist()
+        return draw(to_probs(scores_NV, do_sample=True), self.rules.generator).tolist()
 
 
 class SpanLength(AdaptiveLength):

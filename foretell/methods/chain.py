@@ -7,8 +7,10 @@ And how a module reads what it has not read yet, prompts among it: a bounded num
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from foretell.methods.base import MTPModule
 from foretell.models.attention import RowMasks
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
-from foretell.types import Draft, SequenceState, Worth
+from foretell.types import Draft, ModuleDrafter, SequenceState, Worth
 
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
@@ -62,17 +64,48 @@ def begin_rows(
     return lengths_B[:, None] + torch.arange(R, device=device)
 
 
-class ChainDrafter(ABC):
-    """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now)."""
+def probabilities(logits: Tensor) -> Tensor:
+    """Of what a module says; where that is no number, of nothing in particular: its drafts harm no text."""
+    return torch.softmax(logits.float().nan_to_num(), dim=-1)
+
+
+class OwnDrafter(ModuleDrafter):
+    """A module's drafter: packed weights, which all of its copies share, and storage of its own."""
 
     name = "mtp"
-    longest = 0
 
     def __init__(self, module: MTPModule, target: Target, sample: bool) -> None:
         self.module, self.target, self.sample = module, target, sample
-        self.generator: torch.Generator | None = None
-        self.calls = 0  # forwards of one depth, for tests and reports
+        self._renew()
+
+    @property
+    def draft_vocab_ids(self) -> Tensor | None:  # type: ignore[override]
+        """See ModuleDrafter."""
+        return self.module.draft_vocab_ids
+
+    def _renew(self) -> None:
+        """Storage as new."""
+
+    def another(self, sample: bool) -> OwnDrafter:
+        """See ModuleDrafter."""
+        other = copy.copy(self)
+        other.sample, other.calls, other.generator = sample, 0, None
+        other._renew()
+        return other
+
+
+class ChainDrafter(OwnDrafter, ABC):
+    """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now)."""
+
+    def __init__(self, module: MTPModule, target: Target, sample: bool) -> None:
+        super().__init__(module, target, sample)
         self._head = module.draft_head(target)
+
+    def span_logits(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
+    ) -> Tensor:
+        """See ModuleDrafter."""
+        return self._step(sequences, drafts, k, asked)
 
     @abstractmethod
     def _limit(self, sequence: SequenceState) -> int:
@@ -100,7 +133,7 @@ class ChainDrafter(ABC):
                     wanted[b] = k - 1
             if max(wanted) < k:
                 break
-            probs_BM = torch.softmax(self._step(sequences, drafts, k, wanted).float(), dim=-1)
+            probs_BM = probabilities(self._step(sequences, drafts, k, wanted))
             if self.sample:
                 chosen_B = torch.multinomial(probs_BM, 1, generator=self.generator)[:, 0]
                 confidence_B = probs_BM.gather(1, chosen_B[:, None])[:, 0]

@@ -11,18 +11,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foretell.methods.base import MTPConfig, MTPModule
-from foretell.methods.chain import begin_rows, reading_plan
+from foretell.methods.chain import FEW_ROWS, OwnDrafter, begin_rows, probabilities, reading_plan
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_heads import HeadType, InitStrategy, MTPHead
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import SlotCache, SlotStorage
 from foretell.models.target import Target, TargetRows
 from foretell.types import Batch, Draft, SequenceState, Worth
 
@@ -160,59 +160,69 @@ class HeadsModule(MTPModule):
         return HeadsDrafter(self, target, sample)
 
 
-class HeadsDrafter:
+class HeadsDrafter(OwnDrafter):
     """All heads read the newest state at once: their likeliest tokens are a chain, or a tree of several guesses.
 
     Heads that look back keep keys and values of their own (mha_ffn, layer) or read the few states before (cnn).
     """
 
-    name = "mtp"
-
     def __init__(self, module: HeadsModule, target: Target, sample: bool = False) -> None:
-        self.module, self.target, self.sample = module, target, sample
-        self.generator: torch.Generator | None = None
-        self.longest = module.config.depth
+        super().__init__(module, target, sample)
         self.tree: list[tuple[int, ...]] | None = None  # guesses by rank (decoding/trees.py); None is a chain
+        # heads that look back a little need the newest states only: a ring a slot
+        reach = module.heads[0].body.reach
+        self._ring = None if reach is None else reach + 1
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
         self._head = module.draft_head(target) if module.shared else None
-        self.slots = self.capacity = 0
-        self.calls = 0  # rounds in which heads were read, for tests and reports
+
+    def _renew(self) -> None:
+        self._states = SlotStorage()
+        self._caches = [SlotCache() for _ in self.module.heads]
 
     def open(self, slots: int, capacity: int) -> None:
-        """See Drafter."""
-        if (slots, capacity) == (self.slots, self.capacity):
-            return
-        self.slots, self.capacity = slots, capacity
-        D, like = self.target.hidden_size, self.target
-        # heads that look back a little need the newest states only: a ring a slot
-        reach = self.module.heads[0].body.reach
-        self._kept = capacity if reach is None else min(reach + 1, capacity)
-        self._states = torch.zeros(slots * self._kept, D, device=like.device, dtype=like.dtype)
-        self._caches = [SlotCache(slots, capacity) for _ in self.module.heads]
+        """See Watcher."""
+        for storage in (self._states, *self._caches):
+            storage.open()
         self._done = [0] * slots
 
     def start(self, slot: int) -> None:
-        """A new sequence takes this slot."""
+        """See Watcher."""
         self._done[slot] = 0
+        for cache in self._caches:
+            cache.clear(slot)
 
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
-        """See Drafter."""
+        """See Watcher."""
         hidden_BRD = self.module.source(rows)
+        self._states.reserve(max(s.slot for s in sequences) + 1, self._ring or max(s.cached for s in sequences))
+        (states_ND,) = self._states.parts(0, [hidden_BRD])
         for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
-            path = path[-self._kept :]
-            places = torch.arange(sequence.cached - len(path), sequence.cached, device=self._states.device)
-            self._states[sequence.slot * self._kept + places % self._kept] = hidden_BRD[b, path]
+            path = path[-self._ring :] if self._ring else path
+            places = torch.arange(sequence.cached - len(path), sequence.cached, device=states_ND.device)
+            states_ND[self._at(sequence, places)] = hidden_BRD[b, path]
+
+    def _at(self, sequence: SequenceState, places: Tensor) -> Tensor:
+        """Rows of the storage where a sequence's positions stand; padding may stand beyond its end."""
+        C = self._states.capacity
+        return sequence.slot * C + (places % self._ring if self._ring else places.clamp(max=C - 1))
 
     def move(self, source: int, target: int, length: int) -> None:
-        """See Drafter."""
-        n = min(length, self._kept)
-        old, new = source * self._kept, target * self._kept
-        self._states[new : new + n] = self._states[old : old + n]
+        """See Watcher."""
+        self._states.move(source, target, min(length, self._ring or length))
         for cache in self._caches:
             cache.move(source, target, length)
         self._done[target] = self._done[source]
+
+    def span_logits(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
+    ) -> Tensor:
+        """See ModuleDrafter. No head reads what was drafted before it: all are read at once."""
+        if k == 1:
+            self.calls += 1
+            self._all_BKM = self._logits(sequences, max(asked))
+        return self._all_BKM[:, k - 1]
 
     @torch.no_grad()
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
@@ -220,14 +230,14 @@ class HeadsDrafter:
         depth are offered and the caller keeps those that pay."""
         drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
         asked = [
-            min(n, self.longest) if s.cached and (worth is None or worth(self.name, b, drafts[b])) else 0
+            min(n, self.module.longest_draft) if s.cached and (worth is None or worth(self.name, b, drafts[b])) else 0
             for b, (s, n) in enumerate(zip(sequences, lengths, strict=True))
         ]
         depth = max(asked, default=0)
         if depth == 0:
             return drafts
         self.calls += 1
-        probs_BKM = torch.softmax(self._logits(sequences, depth).float(), dim=-1)
+        probs_BKM = probabilities(self._logits(sequences, depth))
         if self.sample:
             self._draw(drafts, probs_BKM, asked)
             return drafts
@@ -273,14 +283,14 @@ class HeadsDrafter:
 
     def _logits(self, sequences: Sequence[SequenceState], depth: int) -> Tensor:
         """[B, depth, M]: what each head says at each sequence's newest state."""
-        attends = self._view.heads[0].body.reach is None
+        attends, longest = self._ring is None, max(s.cached for s in sequences)
+        starts = [self._done[s.slot] if self._ring is None else max(s.cached - self._ring, 0) for s in sequences]
         if attends:  # all of them, since no cache may fall behind
-            starts = [self._done[s.slot] for s in sequences]
-        else:
-            starts = [max(s.cached - self._kept, 0) for s in sequences]
+            for cache in self._caches:
+                cache.reserve(len(sequences), longest)
         counts = [s.cached - start for s, start in zip(sequences, starts, strict=True)]
-        newest_KBD = self._states.new_zeros(len(self._view.heads), len(counts), self.target.hidden_size)
-        for part, first, rows in reading_plan(counts, starts, self.capacity):
+        newest_KBD = self._states.held(0)[0].new_zeros(len(self._view.heads), len(counts), self.target.hidden_size)
+        for part, first, rows in reading_plan(counts, starts, longest + FEW_ROWS):
             for k, head in enumerate(self._view.heads if attends else self._view.heads[:depth]):
                 newest_KBD[k, part] = self._newest(head, self._caches[k], sequences[part], first, rows)
         if attends:
@@ -311,8 +321,8 @@ class HeadsDrafter:
             positions_BR = torch.tensor(starts, device=device)[:, None] + torch.arange(max(counts), device=device)
         else:
             positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
-        slots_B = torch.tensor([s.slot * self._kept for s in sequences], device=device)
-        hidden_BRD = self._states[slots_B[:, None] + positions_BR % self._kept]
+        at_BR = torch.stack([self._at(s, places_R) for s, places_R in zip(sequences, positions_BR, strict=True)])
+        hidden_BRD = self._states.held(0)[0][at_BR]
         places = None
         if hasattr(head.body, "layer_type"):
             read_as = [s.read_as for s in sequences]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.methods.base import MTPModule
-from foretell.methods.chain import ChainDrafter
+from foretell.methods.chain import ChainDrafter, probabilities
 from foretell.models.fast import fast_view
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
@@ -38,47 +38,41 @@ class MaskedDrafter(ChainDrafter):
         self.layout: Layout = "quadratic"
         self.masks = module.config.depth  # K of each block
         self._sampler = None if sampler is None else fast_view(sampler)
+
+    def _renew(self) -> None:
         self._states: list[Tensor | None] = []  # of each slot: the masks below its last token
 
-    @property
-    def longest(self) -> int:  # type: ignore[override]
-        """Drafts of one verification; in two passes the first of them is the target's own token."""
-        return self.module.config.depth + (self.layout == "two_pass")
-
-    @property
-    def extra_rows(self) -> int:
-        """Rows that the masks of a verification may take in the cache."""
-        return (self.longest + 1) * self.masks
-
     def open(self, slots: int, capacity: int) -> None:
-        """See Drafter."""
-        self._states, self._capacity = [None] * slots, capacity
+        """See Watcher."""
+        self._states = [None] * slots
+        # of noise masks, where the caller seeds nothing: greedy decoding leaves torch's own numbers alone
+        self._noise = torch.Generator(self.target.device).manual_seed(0)
 
-    def lend(self, cache: SlotCache) -> None:
-        """The target's cache, for passes of the drafter's own; they write beyond what is cached, and keep nothing."""
+    def borrow(self, cache: SlotCache) -> None:
+        """See Drafter."""
         self._cache = cache
 
     def start(self, slot: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         self._states[slot] = None
 
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
-        """See Drafter."""
+        """See Watcher."""
         for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
             first = None if rows.blocks is None or not path else rows.blocks[b].get(path[-1])
             state_KD = None if first is None else rows.post_norm_BRD[b, first : first + self._laid]
             self._states[sequence.slot] = state_KD
 
     def move(self, source: int, target: int, length: int) -> None:
-        """See Drafter."""
+        """See Watcher."""
         self._states[target] = self._states[source]
 
-    def blocks(
+    def carriers(
         self, sequences: Sequence[SequenceState], drafts: list[Draft], adaptive: Any
     ) -> tuple[int, list[list[int]]]:
-        """(K, of each sequence the rows that carry a block of K masks: 0 its last token, i + 1 its draft i)."""
+        """See Drafter."""
         self._seed_noise()
-        if self.layout == "two_pass" or getattr(adaptive, "plain", False):
+        if self.layout == "two_pass" or (adaptive is not None and adaptive.plain):
             return 0, [[] for _ in drafts]
         self._laid = self.masks
         if self.layout == "auto":
@@ -87,9 +81,25 @@ class MaskedDrafter(ChainDrafter):
             rows = [list(range(len(draft) + 1)) for draft in drafts]
         else:
             rows = [[_last_own(draft, self.name) + 1] for draft in drafts]
-        # with another drafter's rows there may be more blocks than extra_rows foresees: the cache's end cuts them
-        room = self._capacity - max(s.cached for s in sequences) - 1 - max(map(len, drafts))
-        return self._laid, [each[: room // max(self._laid, 1)] for each in rows]
+        return self._laid, rows
+
+    def span(self, masks: int) -> None:
+        """See ModuleDrafter."""
+        self.layout, self.masks = "linear", masks
+
+    def span_logits(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
+    ) -> Tensor:
+        """See ModuleDrafter. Without a sampler no depth reads what was drafted before it: all are read at once."""
+        if self._sampler is not None:
+            return self._step(sequences, drafts, k, asked)
+        if k == 1:
+            self.calls += 1
+            first = [next(iter(block.values()), 0) for block in rows.blocks]
+            at_BK = torch.tensor(first)[:, None] + torch.arange(self.masks)
+            states_BKD = rows.post_norm_BRD[torch.arange(len(first))[:, None], at_BK]
+            self._all_BKM = self.target.scaled(self._head(states_BKD))
+        return self._all_BKM[:, k - 1]
 
     def _begin(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None) -> list[Draft]:
         drafts = super()._begin(sequences, lengths, worth)
@@ -118,7 +128,7 @@ class MaskedDrafter(ChainDrafter):
         rows = self.target.forward_rows(
             ids_BR, lengths_B, self._cache, visible=visible, steps_BR=step_BR, read_as=read_as
         )
-        probs_BV = torch.softmax(self.target.logits(rows.post_norm_BRD[:, 0], view=True).float(), dim=-1)
+        probs_BV = probabilities(self.target.logits(rows.post_norm_BRD[:, 0], view=True))
         best_B, token_B = probs_BV.max(-1)
         for b, sequence in enumerate(sequences):
             self._states[sequence.slot] = rows.post_norm_BRD[b, 1:]
@@ -127,7 +137,7 @@ class MaskedDrafter(ChainDrafter):
 
     def _seed_noise(self) -> None:
         assert self.target.mask_rows is not None, "a masked module has given the target its mask rows"
-        self.target.mask_rows.generator = self.generator
+        self.target.mask_rows.generator = self._noise if self.generator is None else self.generator
 
     def _limit(self, sequence: SequenceState) -> int:
         states_KD = self._states[sequence.slot]

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from foretell.methods.base import MTPConfig, MTPModule
-from foretell.methods.chain import ChainDrafter, begin_rows, reading_plan
+from foretell.methods.chain import FEW_ROWS, ChainDrafter, begin_rows, reading_plan
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import SlotCache, SlotStorage
 from foretell.models.target import Target, TargetRows
 from foretell.ops.shift import ahead
 from foretell.ops.tree import forest
@@ -144,54 +144,56 @@ class SequentialDrafter(ChainDrafter):
 
     def __init__(self, module: SequentialModule, target: Target, sample: bool = False) -> None:
         super().__init__(module, target, sample)
-        # a module reused at every depth can go deeper than it was trained; separate modules end
-        self.longest = module.longest_draft
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
-        self.slots = self.capacity = 0
+
+    def _renew(self) -> None:
+        self._states = SlotStorage()  # h^0, h^1, ... of every position of every slot
+        self._caches: list[SlotCache] = []  # of each depth
 
     def open(self, slots: int, capacity: int) -> None:
-        """See Drafter."""
-        if (slots, capacity) == (self.slots, self.capacity):
-            return  # storage is reused; start() forgets what a slot held
-        self.slots, self.capacity = slots, capacity
-        self._states = [self._new_states()]  # h^0, h^1, ... of every position of every slot; the last row is spare
-        self._caches: list[SlotCache] = []
-        self._done: list[list[int]] = []
-
-    def _new_states(self) -> Tensor:
-        D = self.target.hidden_size
-        return torch.zeros(self.slots * self.capacity + 1, D, device=self.target.device, dtype=self.target.dtype)
+        """See Watcher."""
+        for storage in (self._states, *self._caches):
+            storage.open()
+        self._done = [[0] * slots for _ in self._caches]
+        self._slots = slots
 
     def start(self, slot: int) -> None:
-        """A new sequence takes this slot."""
-        for done in self._done:
+        """See Watcher."""
+        for cache, done in zip(self._caches, self._done, strict=True):
+            cache.clear(slot)
             done[slot] = 0
 
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
-        """See Drafter."""
+        """See Watcher."""
         hidden_BRD = self.module.source(rows)
+        self._states.reserve(max(s.slot for s in sequences) + 1, max(s.cached for s in sequences))
         at, picked = [], []
         for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
-            start = sequence.slot * self.capacity + sequence.cached - len(path)
+            start = sequence.slot * self._states.capacity + sequence.cached - len(path)
             at.extend(range(start, start + len(path)))
             picked.extend(b * hidden_BRD.shape[1] + row for row in path)
         flat_ND = hidden_BRD.reshape(-1, hidden_BRD.shape[2])
         if picked != list(range(flat_ND.shape[0])):
             flat_ND = flat_ND[torch.tensor(picked, device=flat_ND.device)]
-        self._states[0].index_copy_(0, torch.tensor(at, device=flat_ND.device), flat_ND)
+        self._states.parts(0, [hidden_BRD])[0].index_copy_(0, torch.tensor(at, device=flat_ND.device), flat_ND)
 
     def _limit(self, sequence: SequenceState) -> int:
-        return self.longest if sequence.cached else 0  # with a prompt of one token there is no state to read yet
+        # with a prompt of one token there is no state to read yet
+        return self.module.longest_draft if sequence.cached else 0
 
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""
-        self._reach(k)
+        longest = max(s.cached for s in sequences)
+        if len(self._caches) < k:
+            self._caches.append(SlotCache())
+            self._done.append([0] * self._slots)
+        self._caches[k - 1].reserve(len(sequences), longest)
         done = [self._done[k - 1][s.slot] for s in sequences]
         counts = [s.cached - done[b] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
-        newest_BD = self._states[0].new_zeros(len(counts), self.target.hidden_size)
-        for part, starts, rows in reading_plan(counts, done, self.capacity):
+        newest_BD = self._states.held(0)[0].new_zeros(len(counts), self.target.hidden_size)
+        for part, starts, rows in reading_plan(counts, done, longest + FEW_ROWS):
             newest_BD[part] = self._forward(sequences[part], drafts[part], k, starts, rows)
         return self.target.scaled(self._head(newest_BD))
 
@@ -199,8 +201,8 @@ class SequentialDrafter(ChainDrafter):
         self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, starts: list[int], counts: list[int]
     ) -> Tensor:
         """[B, D] of the last of these rows at depth k: counts[b] of sequence b from starts[b] on."""
-        done, C, device = self._done[k - 1], self.capacity, self.target.device
-        R, spare = max(counts), self.slots * self.capacity
+        done, C, device = self._done[k - 1], self._states.capacity, self.target.device
+        R, spare = max(counts), self._states.size
         ids, at = [], []
         for sequence, draft, start, count in zip(sequences, drafts, starts, counts, strict=True):
             row_ids = (sequence.tokens + draft.tokens)[start + k : start + k + count]  # the newest rows read drafts
@@ -209,7 +211,7 @@ class SequentialDrafter(ChainDrafter):
             at.append([*range(first, first + count), *[spare] * (R - count)])
             done[sequence.slot] = max(done[sequence.slot], min(start + count, sequence.cached - k + 1))
         at_N = torch.tensor(at, device=device).reshape(-1)
-        hidden_BRD = self._states[k - 1][at_N].view(len(sequences), R, -1)
+        hidden_BRD = self._states.held(k - 1)[0][at_N].view(len(sequences), R, -1)
         cache = self._caches[k - 1]
         positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
         block = self._view.block(k)
@@ -217,21 +219,14 @@ class SequentialDrafter(ChainDrafter):
         places = self.target.position_embeddings(hidden_BRD, positions_BR, block.layer_type, read_as)
         embedding_BRD = self.target.embed(torch.tensor(ids, device=device))
         state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
-        self._states[k].index_copy_(0, at_N, chained_BRD.reshape(-1, chained_BRD.shape[2]))
+        (chained_ND,) = self._states.parts(k, [chained_BRD])
+        chained_ND.index_copy_(0, at_N, chained_BRD.reshape(-1, chained_BRD.shape[2]))
         self.calls += 1
         return state_BRD[torch.arange(len(counts)), [max(count, 1) - 1 for count in counts]]
 
-    def _reach(self, depth: int) -> None:
-        while len(self._caches) < depth:
-            self._caches.append(SlotCache(self.slots, self.capacity))
-            self._done.append([0] * self.slots)
-            self._states.append(self._new_states())
-
     def move(self, source: int, target: int, length: int) -> None:
-        """See Drafter."""
-        C = self.capacity
-        for states in self._states:
-            states[target * C : target * C + length] = states[source * C : source * C + length]
+        """See Watcher."""
+        self._states.move(source, target, length)
         for cache, done in zip(self._caches, self._done, strict=True):
             cache.move(source, target, length)
             done[target] = done[source]

@@ -42,6 +42,7 @@ class StaticSteps:
     def __init__(self, forward: Callable[..., Any], replayed: bool) -> None:
         self.forward, self.replayed = forward, replayed
         self._cache: SlotCache | None = None
+        self._layout = 0
         self._steps: dict[tuple[int, int, int, bool], _Step] = {}
 
     def takes(self, sequences: int, rows: int) -> bool:
@@ -60,9 +61,10 @@ class StaticSteps:
         visible: int,
     ) -> Any:
         """The forward's states; they are overwritten by the next step of the same shape."""
-        if cache is not self._cache:  # recorded kernels write into one cache's storage
-            self._cache, self._steps = cache, {}
         B, R = ids_BR.shape
+        cache.reserve(cache.slots, visible)
+        if cache is not self._cache or cache.layout != self._layout:  # recorded kernels write where its storage was
+            self._cache, self._steps = cache, {}
         sequences = min(1 << (B - 1).bit_length(), cache.slots)
         columns = min(-(-visible // COLUMNS) * COLUMNS, cache.capacity)
         key = (sequences, R, columns, parents_BR is not None)
@@ -78,6 +80,7 @@ class StaticSteps:
         if step.parents_BR is not None:
             step.parents_BR[:B] = parents_BR
         step.run()
+        self._layout = cache.layout  # a first step has made the storage
         return step.out
 
     def _make(self, like_BR: Tensor, cache: SlotCache, key: tuple[int, int, int, bool]) -> _Step:

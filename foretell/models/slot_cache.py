@@ -1,13 +1,11 @@
-"""Keys and values of several sequences in preallocated, slot-addressed storage.
+"""Keys and values of several sequences in slot-addressed storage that grows by what is used.
 
 A rejected draft needs no crop: the next step writes over it. Padding rows write into one spare row at the end. So
-shapes
-stay fixed and nothing is ever re-padded. Both sides of a decode round use it: the target, and a module with its own
-cache.
+nothing is ever re-padded. Both sides of a decode round use it: the target, and a module with its own cache.
 """
 
-# S slots, C capacity of a slot in tokens, R rows of this step, L = visible columns, H key-value heads, E width of a
-# head, P heads of keys and values together.
+# S slots, C capacity of a slot in tokens, N rows of the storage (at least S * C), R rows of this step, L = visible
+# columns, H key-value heads, E width of a head, P heads of keys and values together.
 
 from __future__ import annotations
 
@@ -30,16 +28,102 @@ def cache_name(forward: Callable[..., Any]) -> str:
     return next(name for names in known for name in CACHE_NAMES if name in names)
 
 
-class SlotCache(Cache):
-    """transformers' Cache protocol over storage [S * C + 1, H, E] a layer; the last row is the spare one.
+class SlotStorage:
+    """Tensors [N + 1, ...]: column c of slot s is row s * C + c, the last row is the spare one.
+
+    All that is not some sequence's own must stay finite, since a masked column is multiplied by 0 and 0 * NaN is NaN.
+    """
+
+    LEAST = 256  # rows of a new storage
+    MORE = 1.6  # rows of a new storage for each that is needed now: few allocations, and little that is never used
+
+    def __init__(self, slots: int = 0, capacity: int = 0) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.size = slots * capacity  # N
+        self.layout = 0  # another number whenever rows have moved: who has recorded addresses records anew
+        self._storage: dict[int, list[Tensor]] = {}
+        self._used = 0  # columns that may hold something
+        self._unchecked: set[int] = set()  # parts of an earlier run
+
+    def open(self) -> None:
+        """A new run: nothing that is held is needed any more; its memory is."""
+        self._used, self._unchecked = 0, set(self._storage)
+
+    def reserve(self, slots: int, columns: int) -> None:
+        """Room for so many columns in these first slots; what they hold stays, other slots may be given up."""
+        before, self._used = self._used, max(self._used, columns)
+        if slots <= self.slots and columns <= self.capacity:
+            return
+        kept, C = min(slots, self.slots), self.capacity
+        need = slots * self._used
+        larger = max(self.LEAST, int(self.MORE * need)) if need > self.size else self.size
+        self.slots, self.capacity, self.layout = slots, larger // slots, self.layout + 1
+        for key, parts in self._storage.items():
+            self._storage[key] = [self._moved(flat, kept, C, before, larger) for flat in parts]
+        self.size = larger
+
+    def _moved(self, flat: Tensor, slots: int, capacity: int, columns: int, size: int) -> Tensor:
+        """The same rows in the new layout; all others zero, as they may be anything."""
+        held = flat[: slots * capacity].view(slots, capacity, *flat.shape[1:])[:, :columns]
+        if size == len(flat) - 1 and not flat.is_inference():
+            held = held.clone()
+            moved = flat.zero_()
+        else:
+            moved = flat.new_zeros(size + 1, *flat.shape[1:])
+        self._grid(moved)[:slots, :columns] = held
+        return moved
+
+    def _grid(self, flat: Tensor) -> Tensor:
+        return flat[: self.slots * self.capacity].view(self.slots, self.capacity, *flat.shape[1:])
+
+    def parts(self, key: int, like: list[Tensor]) -> list[Tensor]:
+        """The tensors of a key for rows such as `like` [B, R, *width]; made where there are none of this kind."""
+        parts = self._storage.get(key)
+        if parts is None or (key in self._unchecked and not self._fit(parts, like)):
+            # zeros, not empty: see above
+            parts = self._storage[key] = [one.new_zeros(self.size + 1, *one.shape[2:]) for one in like]
+            self.layout += 1
+        self._unchecked.discard(key)
+        return parts
+
+    def held(self, key: int) -> list[Tensor]:
+        """The tensors of a key, which have been made."""
+        return self._storage[key]
+
+    def _fit(self, parts: list[Tensor], like: list[Tensor]) -> bool:
+        """Whether parts of an earlier run serve this one: the model may have changed in between."""
+        usable = not any(flat.is_inference() for flat in parts) or torch.is_inference_mode_enabled()
+        mine = [(flat.shape[1:], flat.dtype, flat.device) for flat in parts]
+        return usable and mine == [(one.shape[2:], one.dtype, one.device) for one in like]
+
+    def clear(self, slot: int, first: int = 0) -> None:
+        """Zeros from this column on: whatever was there harms nobody."""
+        if slot >= self.slots:
+            return
+        for parts in self._storage.values():
+            for flat in parts:
+                self._grid(flat)[slot, first:] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """The sequence in slot source now lives in slot target."""
+        if source >= self.slots:  # nothing was written for it yet
+            return self.clear(target)
+        for parts in self._storage.values():
+            for flat in parts:
+                grid = self._grid(flat)
+                grid[target, :length], grid[target, length:] = grid[source, :length], 0
+
+
+class SlotCache(SlotStorage, Cache):
+    """transformers' Cache protocol over rows [H, E] a layer.
 
     Active sequences always stand in slots first, first + 1, ..., so that a step reads views, never copies.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
-        super().__init__(layers=[])
-        self.slots, self.capacity = slots, capacity
-        self._storage: dict[int, list[Tensor]] = {}
+    def __init__(self, slots: int = 0, capacity: int = 0) -> None:
+        """slots, capacity: what there is room for at first."""
+        Cache.__init__(self, layers=[])
+        SlotStorage.__init__(self, slots, capacity)
         self._view: tuple[int, int, int] = (0, 0, 0)
         self._write_N: Tensor | None = None
 
@@ -49,15 +133,11 @@ class SlotCache(Cache):
         valid_BR: False rows are padding. visible: L, the number of columns that every sequence's rows may look at.
         """
         count = lengths_B.shape[0]
-        if first + count > self.slots or visible > self.capacity:
-            raise ValueError(
-                f"cache of {self.slots} slots x {self.capacity} tokens cannot hold slots {first}..{first + count - 1} "
-                f"with {visible} tokens: open it larger."
-            )
+        self.reserve(max(self.slots, first + count), visible)
         at_BR = (torch.arange(first, first + count, device=lengths_B.device) * self.capacity + lengths_B)[:, None]
         at_BR = at_BR + torch.arange(rows, device=lengths_B.device)
         if valid_BR is not None:
-            at_BR = at_BR.masked_fill(~valid_BR, self.slots * self.capacity)
+            at_BR = at_BR.masked_fill(~valid_BR, self.size)
         self._write_N = at_BR.reshape(-1)
         self._view = (first, count, visible)
 
@@ -65,23 +145,15 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write this step's rows [B, H, R, E]; return views [B, H, L, E] of everything visible."""
-        storage = self._storage.get(layer_idx)
-        if storage is None:
-            storage = [self._allocate(s.shape[1], s.shape[3], s) for s in (key_states, value_states)]
-            self._storage[layer_idx] = storage
-        key, value = (
-            self._write(flat, new.transpose(1, 2)).transpose(1, 2)
-            for flat, new in zip(storage, (key_states, value_states), strict=True)
-        )
+        new = [key_states.transpose(1, 2), value_states.transpose(1, 2)]
+        parts = self.parts(layer_idx, new)
+        key, value = (self._write(flat, rows).transpose(1, 2) for flat, rows in zip(parts, new, strict=True))
         return key, value
 
     def extend(self, pair_BRPE: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """`update` for keys and values that lie side by side, P = 2 H, and are stored so."""
-        storage = self._storage.get(layer_idx)
-        if storage is None:
-            heads, width = pair_BRPE.shape[2:]
-            storage = self._storage[layer_idx] = [self._allocate(heads, width, pair_BRPE)]
-        key, value = self._write(storage[0], pair_BRPE).transpose(1, 2).chunk(2, dim=1)
+        (flat,) = self.parts(layer_idx, [pair_BRPE])
+        key, value = self._write(flat, pair_BRPE).transpose(1, 2).chunk(2, dim=1)
         return key, value
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
@@ -92,15 +164,9 @@ class SlotCache(Cache):
         return self._write(self._storage[key][0], indexer_key_states[:, :, None]).squeeze(2)
 
     def _write(self, flat: Tensor, rows_BRHE: Tensor) -> Tensor:
-        heads, width = flat.shape[1:]
         first, count, visible = self._view
-        flat.index_copy_(0, self._write_N, rows_BRHE.reshape(-1, heads, width))
-        grid = flat[:-1].view(self.slots, self.capacity, heads, width)
-        return grid[first : first + count, :visible]
-
-    def _allocate(self, heads: int, width: int, like: Tensor) -> Tensor:
-        # zeros, not empty: a masked column must hold a finite number, since 0 * NaN is NaN
-        return like.new_zeros(self.slots * self.capacity + 1, heads, width)
+        flat.index_copy_(0, self._write_N, rows_BRHE.reshape(-1, *flat.shape[1:]))
+        return self._grid(flat)[first : first + count, :visible]
 
     def keep(self, slots: list[int], lengths: list[int], paths: list[list[int]]) -> None:
         """Compact accepted rows: row paths[b][i] of the last step moves to column lengths[b] + i. A chain moves
@@ -116,13 +182,6 @@ class SlotCache(Cache):
                 for flat in parts:
                     at = torch.tensor([source, target], device=flat.device)
                     flat.index_copy_(0, at[1], flat.index_select(0, at[0]))
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """The sequence in slot source now lives in slot target."""
-        for parts in self._storage.values():
-            for flat in parts:
-                grid = flat[:-1].view(self.slots, self.capacity, *flat.shape[1:])
-                grid[target, :length] = grid[source, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Not used for positions or masks: a step brings both."""

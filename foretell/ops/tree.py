@@ -110,6 +110,38 @@ def row_mask(parents_BR: Tensor, lengths_B: Tensor, total_length: int, window: i
     return visible_BRL
 
 
+# -- masks below rows --------------------------------------------------------------------------------------------------
+
+
+def lay_masks(
+    parents: list[list[int]], ids: list[list[int]], masks: int, carriers: list[list[int]]
+) -> tuple[list[dict[int, int]], list[list[int]]]:
+    """Append blocks of masks to the rows of a step: mask j below mask j - 1, the first below the row that carries it.
+
+    Args:
+        parents, ids: of each sequence's rows, a rectangle; extended in place (ids by zeros).
+        masks: K of a block.
+        carriers: of each sequence, the rows that carry a block. Sequences with fewer are filled up with padding.
+
+    Returns:
+        (of each sequence {row that carries: row of its first mask}, of each row its step: 0, or j for mask j).
+    """
+    most = max(map(len, carriers))
+    blocks, steps = [], []
+    for row_parents, row_ids, rows in zip(parents, ids, carriers, strict=True):
+        first = len(row_parents)
+        blocks.append({row: first + i * masks for i, row in enumerate(rows)})
+        step = [0] * first
+        for row, at in blocks[-1].items():
+            row_parents += [row, *range(at, at + masks - 1)]
+            step += range(1, masks + 1)
+        missing = (most - len(rows)) * masks
+        row_parents += [-2] * missing
+        row_ids += [0] * (most * masks)
+        steps.append(step + [0] * missing)
+    return blocks, steps
+
+
 # -- chains: closed form -----------------------------------------------------------------------------------------------
 
 

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from foretell.data.cache import HiddenStore
+from foretell.data.cache import HiddenRecorder, HiddenStore
 from foretell.data.prompts import encode_prompts
 from foretell.decoding.generate import MTPGenerate
-from foretell.decoding.loop import HiddenRecorder
 from foretell.decoding.stats import GenerationStats
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
@@ -217,16 +216,11 @@ class _Answering:
             slots=self.slots,
             generator=torch.Generator(mtp.device).manual_seed(self.seed * 1_000_003 + number),
         )
-        run.watcher, run.leave, run.stop_admitting = self.recorder, leave, self.deadline
-        learning = [part for part in mtp.modules() if part.training]
-        mtp.eval()
-        try:
-            return mtp.model.generate(
-                torch.tensor(filled, device=mtp.device),
-                attention_mask=torch.tensor(mask, device=mtp.device),
-                custom_generate=run,
-                **self.settings,
-            ).stats
-        finally:
-            for part in learning:
-                part.training = True
+        run.watchers = [] if self.recorder is None else [self.recorder]
+        run.leave, run.stop_admitting = leave, self.deadline
+        return mtp.model.generate(
+            torch.tensor(filled, device=mtp.device),
+            attention_mask=torch.tensor(mask, device=mtp.device),
+            custom_generate=run,
+            **self.settings,
+        ).stats

@@ -90,6 +90,7 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "by layer: both": ("gemma3_text", {"full_attention": BY_LAYER, "sliding_attention": DYNAMIC}),
     "by layer: longrope": ("gemma3_text", {"full_attention": PLAIN, "sliding_attention": BY_LAYER}),
     "complex numbers": ("deepseek_v2", DYNAMIC),
+    "its config asked for": ("granite_swa", DYNAMIC),
     "read anew": ("phi3", LONG),
     "read anew, scaled": ("phimoe", {**LONG, "short_mscale": 1.0, "long_mscale": 3.0}),
 }

@@ -69,6 +69,10 @@ class LengthRotary(nn.Module):
         borders = _borders(live)
         self.lowest, self.highest = min(borders), None if any(borders.values()) else max(borders) + 1
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model's own code asks of its rotary module (Granite with windows: the config)."""
+        return super().__getattr__(name) if name == "live" else getattr(self.live, name)
+
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """As the live module, which is asked once for each length that differs."""
         given = {} if layer_type is None else {"layer_type": layer_type}

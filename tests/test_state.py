@@ -161,6 +161,57 @@ def test_greedy_calls_draw_no_random_numbers(method, length):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("method", [*METHODS, "few"])
+def test_a_seeded_call_draws_from_its_generator_alone(method):
+    mtp = knowing_mtp(leaning_model(), draft_vocab_size=40) if method == "few" else METHODS[method]()
+    told = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        mtp.release()
+        before, generator = torch.get_rng_state(), torch.Generator().manual_seed(5)
+        how = {"do_sample": True, "generator": generator, "draft_sample_method": "probabilistic"}
+        told.append(say(mtp, prompts(9, 4), num_draft_tokens=3, **how))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert told[0] == told[1]
+
+
+# -- drafters of one's own ---------------------------------------------------------------------------------------------
+
+
+class Repeats(Drafter):
+    """Nothing but what it must have: it says the last token again."""
+
+    name = "repeats"
+
+    def draft(self, sequences: Any, lengths: list[int], worth: Any = None) -> list[Draft]:
+        drafts = [Draft() for _ in sequences]
+        for sequence, length, draft in zip(sequences, lengths, drafts, strict=True):
+            for i in range(length):
+                draft.add(sequence.tokens[-1], i - 1, 0.5, self.name)
+        return drafts
+
+
+class Foreign:
+    """Written before there was a base class."""
+
+    name = "foreign"
+    open = start = observe = move = lambda *_: None
+    draft = Repeats.draft
+
+
+@pytest.mark.parametrize("length", [3, "auto"])
+def test_a_drafter_needs_a_name_and_drafts_only(length):
+    mtp, inputs = METHODS["sequential"](), prompts(9, 4, 12)
+    wanted = say(mtp.model, inputs)
+    for drafter in (Repeats(), Foreign(), [Repeats(), Foreign()]):
+        assert say(mtp, inputs, num_draft_tokens=length, drafter=drafter, slots=2) == wanted
+    out = run(mtp, inputs, max_new_tokens=24, num_draft_tokens=2, drafter=Foreign())
+    assert out.stats.drafted[0][0] == 2
+    for wrong in (object(), [Repeats(), None], 7):
+        with pytest.raises(ValueError, match="drafter: got .*, wanted 'mtp', .*foretell.types.Drafter"):
+            say(mtp, inputs, num_draft_tokens=2, drafter=wrong)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 

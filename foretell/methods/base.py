@@ -204,7 +204,8 @@ class MTPModule(nn.Module):
         if self.draft_vocab_ids is None:
             return target.view().get_output_embeddings()
         weight, bias = self.target_head(target, detach=True)
-        small = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        shape = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+        small = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), **shape)  # draws no random numbers
         small.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             small.bias = nn.Parameter(bias, requires_grad=False)

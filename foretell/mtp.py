@@ -20,7 +20,7 @@ from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanLength
 from foretell.decoding.workspaces import Workspace, Workspaces
 from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
-from foretell.models.fast import weights_version
+from foretell.models.fast import copy_key
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import check_depth, next_labels, prefix_labels
@@ -264,14 +264,9 @@ class MTPModel(nn.Module):
 
         Packed weights are shared by all of them, and made anew when the weights have changed.
         """
-        version = weights_version(self.module) + weights_version(self.target.head)
-        version += tuple(buffer._version for buffer in self.module.buffers())  # the draft vocabulary among them
-
-        def make() -> ModuleDrafter:
-            self.target.refresh()  # the drafter borrows its packed head
-            return self.module.drafter(self.target)
-
-        packed = self._workspaces.packed(version, make)
+        self.target.refresh()  # the drafter borrows its packed head
+        version = copy_key(self.module), self.target.head_key()
+        packed = self._workspaces.packed(version, lambda: self.module.drafter(self.target))
         return packed.another(sample) if space is None else space.drafter(packed, sample)
 
     def workspace(self) -> AbstractContextManager[Workspace]:

@@ -595,7 +595,6 @@ class Counted:
 def counting(mtp: MTPModel) -> Iterator[Counted]:
     """Hooks on the decoder that decodes, on the caller's own model, and on the module's blocks."""
     counted = Counted()
-    mtp.target.refresh()
 
     def of_target(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         counted.target += 1
@@ -604,10 +603,17 @@ def counting(mtp: MTPModel) -> Iterator[Counted]:
     def of(name: str) -> Callable[..., None]:
         return lambda *_: setattr(counted, name, getattr(counted, name) + 1)
 
+    # the copy runs the hooks of the caller's model; its own forward would not get our cache
+    hooks = [mtp.model.get_decoder().register_forward_pre_hook(of_target, with_kwargs=True)]
+    plain = {"use_cache": False}.items()
+    hooks += [
+        mtp.model.get_decoder().register_forward_pre_hook(
+            lambda _module, _args, kwargs: of("original")() if plain <= kwargs.items() else None, with_kwargs=True
+        )
+    ]
     view = mtp.drafter()._view
-    hooks = [mtp.target.view().get_decoder().register_forward_pre_hook(of_target, with_kwargs=True)]
-    hooks += [mtp.model.get_decoder().register_forward_pre_hook(of("original"))]
     hooks += [block.register_forward_pre_hook(of("blocks")) for block in view.blocks]
+    counted.__init__()
     yield counted
     for hook in hooks:
         hook.remove()

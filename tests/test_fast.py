@@ -21,7 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from foretell.models import fast
 from foretell.models.attention import RowMasks, foretell_attention, model_mask
-from foretell.models.fast import FusedLayer, fast_view, weights_version
+from foretell.models.fast import FusedLayer, copy_key, fast_view
 from foretell.models.linears import FusedRMSNorm, PackedLinear, fused_norm
 from foretell.models.slot_cache import CACHE_NAMES, SlotCache
 from foretell.models.target import Target
@@ -338,39 +338,39 @@ def test_stale_only_when_weights_change():
     model = tiny_model()
     target = Target(model)
     target.refresh()
-    view, version = target.view(), weights_version(model)
+    view, version = target.view(), copy_key(model)
     rows_logits(target, IDS, (12,))
     model(IDS)
     model.train()
     model.eval()
     target.refresh()
-    assert target.view() is view and weights_version(model) == version, "reading changes nothing"
+    assert target.view() is view and copy_key(model) == version, "reading changes nothing"
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(3.0)
         wanted = model(IDS).logits
-    assert weights_version(model) != version
+    assert copy_key(model) != version
     assert float((rows_logits(target, IDS, (12,)) - wanted).abs().max()) > 1e-2, "packed weights are copies"
     target.refresh()
     assert target.view() is not view
     assert float((rows_logits(target, IDS, (12,)) - wanted).abs().max()) < 1e-4
-    version = weights_version(model)
+    version = copy_key(model)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert weights_version(model) != version, "a replaced parameter counts too"
+    assert copy_key(model) != version, "a replaced parameter counts too"
 
 
 def test_buffers_count_as_weights():
     module = nn.Module()
     module.register_buffer("map", torch.arange(4))
-    version = weights_version(module)
+    version = copy_key(module)
     module.map.copy_(torch.arange(4) + 1)
-    assert weights_version(module) != version
+    assert copy_key(module) != version
 
 
 def test_release_forgets_the_tree():
     target = Target(tiny_model())
     view = target.view()
     target.release()
-    assert target._view is None and target.view() is not view
+    assert target._copy is None and target.view() is not view
 
 
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):

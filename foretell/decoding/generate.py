@@ -105,8 +105,11 @@ class MTPGenerate:
     def __signature__(self) -> inspect.Signature:
         return open_to_transformers()
 
-    @torch.no_grad()
-    def __call__(
+    def __call__(self, model: Any, *given: Any, **kwargs: Any) -> Tensor | MTPGenerateOutput:
+        with self.mtp.target.reading():
+            return self._generate(model, *given, **kwargs)
+
+    def _generate(
         self,
         model: Any,
         input_ids: Tensor,

@@ -106,7 +106,7 @@ class Run:
     def go(self) -> GenerationStats:
         """The whole run: rounds, until every sequence has ended."""
         rules = self.rules
-        self.target.refresh()
+        self.target.refresh(rules.max_tokens)
         self.cache.open()
         longest = self.adaptive.longest if self.adaptive is not None else self.length
         for watcher in self.watchers:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from foretell.models.live import OfThread
 from foretell.ops.tree import chain_mask, depths, document_mask, row_mask
 
 NAME = "foretell"
 _ASKED = threading.local()  # the masks that a model's own code asks for while its decoder runs
 
 
-class RowMasks:
+class RowMasks(OfThread):
     """What the rows of the current step may see: made once a step and window, shared by all layers."""
 
     def __init__(self) -> None:

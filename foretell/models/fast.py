@@ -9,19 +9,20 @@ checked on numbers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foretell.models.attention import RowMasks, foretell_attention
+from foretell.models.attention import NAME, RowMasks, foretell_attention
 from foretell.models.gated_lora import GatedAdapters, GatedLinear, RowAdapter
 from foretell.models.kernels import settle
 from foretell.models.linears import PACKABLE, FusedRMSNorm, NormedLinear, PackedLinear, fused_norm
+from foretell.models.live import OfThread, Swap, digest, shallow, signature, surroundings, untouched
 from foretell.models.slot_cache import CACHE_NAMES
 
+_LINEAR = nn.Linear.forward
 _PACKED_LIMIT = 0.4  # of free memory: a large model on a small machine goes without
 # pre-norm layers of attention and gated MLP with nothing between: what FusedLayer computes; where each keeps its window
 PLAIN_LAYERS: dict[str, Callable[[Any], int | None]] = {
@@ -44,7 +45,7 @@ def _can_pack(module: nn.Module) -> bool:
         return size < 2**31
 
 
-class Rotation:
+class Rotation(OfThread):
     """cos + i sin of the step's positions, made once a step from what transformers hands to every layer."""
 
     def __init__(self) -> None:
@@ -99,6 +100,7 @@ class FusedLayer(nn.Module):
     def gated(self, adapters: GatedAdapters, path: str) -> None:
         """Adapters of the linears below this path, laid side by side as the products are."""
         E = self.E
+        self.gate, self.added = None, {}
         widths = {"q": self.Hq * E, "k": self.H * E, "v": self.H * E}
         parts = {
             "qkv": ("self_attn", widths),
@@ -172,70 +174,145 @@ def _norm_in_order(norm: nn.Module | None, order_E: Tensor) -> nn.Module | None:
 
 def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     """The fused twin of a plain layer, or None: another kind, adapters, hooks, or other numbers."""
-    if type(layer).__name__ not in PLAIN_LAYERS or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer).__name__ not in PLAIN_LAYERS or not untouched(layer):
         return None
     attention, mlp = layer.self_attn, layer.mlp
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     linears += [getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")]
-    if not all(type(m) is nn.Linear and m.weight.dtype == torch.float32 for m in linears):
+    if not all(_plain_linear(m) and m.weight.dtype == torch.float32 for m in linears):
         return None
     norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     if any(fused_norm(norm) is None for norm in (layer.input_layernorm, layer.post_attention_layernorm, *norms)):
         return None
-    fused = FusedLayer(layer, rotation)
+    fused, plain = FusedLayer(layer, rotation), attending_copy(layer)
     masks = RowMasks()
     masks.begin_text(torch.zeros(1, 5, dtype=torch.long))
-    attention.__dict__["foretell_masks"] = fused.place.__dict__["foretell_masks"] = masks
-    probe_BRD = torch.linspace(-2, 3, 5 * linears[0].in_features).sin().view(1, 5, -1)
-    angle_BRE = torch.arange(5.0)[None, :, None] * torch.linspace(0.1, 1, fused.E // 2).repeat(2)
+    masks.hang_on(plain)
+    fused.place.__dict__["foretell_masks"] = masks
+    probe_BRD = torch.linspace(-2, 3, 5 * linears[0].in_features, dtype=torch.float32).sin().view(1, 5, -1)
+    angle_E = torch.linspace(0.1, 1, fused.E // 2, dtype=torch.float32).repeat(2)
+    angle_BRE = torch.arange(5)[None, :, None] * angle_E
     call = {"position_embeddings": (angle_BRE.cos(), angle_BRE.sin()), "position_ids": torch.arange(5)[None]}
     with torch.no_grad():
-        wanted, got = layer(probe_BRD, attention_mask=None, **call), fused(probe_BRD, **call)
+        wanted, got = plain(probe_BRD, attention_mask=None, **call), fused(probe_BRD, **call)
     return fused if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())) else None
 
 
-def fast_view(module: nn.Module, gated: tuple[GatedAdapters, str] | None = None) -> nn.Module:
-    """A module tree of its own over the SAME parameters, with fast parts where they compute the same.
+def _plain_linear(part: nn.Module) -> bool:
+    """Whether it is PyTorch's linear and nothing else, in the type that is packed."""
+    own = type(part) is nn.Linear and part._parameters.keys() == {"weight", "bias"} and nn.Linear.forward is _LINEAR
+    return own and type(part.weight) is nn.Parameter and part.weight.dtype in PACKABLE and untouched(part)
+
+
+def attending_copy(module: nn.Module, swap: Swap = lambda _path, _part: None) -> nn.Module:
+    """A copy that attends through our function, where its modules ask their config how to."""
+    return shallow(module, swap, lambda name, value: NAME if name == "_attn_implementation_internal" else value)
+
+
+class Copy:
+    """A module tree of its own over the SAME parameters, with fast parts where they compute the same; made anew where
+    what it stands for has changed.
 
     gated: adapters of mask rows, which every linear that has one then knows, and the path that theirs are below.
-    Packed copies go stale when weights change: `weights_version` tells.
     """
-    shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    view = copy.deepcopy(module, shared).eval()
-    on_cpu = all(p.device.type == "cpu" for p in module.parameters())
-    pack = on_cpu and _can_pack(module)
-    _swap(view, Rotation() if pack else None, gated, "")
-    settle(view)
-    return view
+
+    def __init__(self, module: nn.Module, gated: tuple[GatedAdapters, str] | None = None) -> None:
+        self.module, self.gated = module, gated
+        self.rotation = Rotation()
+        self.plain: dict[Any, Any] = {}  # structures whose fast parts were found to differ, and how
+        self.packs: bool | None = None  # decided once: what others do with the memory later changes nothing
+        self.release()
+
+    def release(self) -> None:
+        """Forget the tree, its packed weights and what was recorded of it."""
+        self.tree: nn.Module | None = None
+        self.key: Any = None
+        self._made: dict[str, tuple[nn.Module, Any, nn.Module]] = {}  # by path: live, its key, what stands for it
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether anything stands in for a part of the module."""
+        return bool(self._made)
+
+    def digest_of(self, part: nn.Module) -> int:
+        """A number for the values of a part, as of the last look where they are copied."""
+        copied = [live for live, _, _ in self._made.values()]
+        return self.key[2][copied.index(part)] if part in copied and self.key else digest(part.parameters())
+
+    def look(self) -> Any:
+        """Everything that decides what the module says now: (structure, where weights lie, values of those copied)."""
+        structure, places = signature(self.module)
+        device = next((t.device for t in self.module.parameters()), torch.device("cpu"))
+        pure, around = surroundings(device)
+        values = tuple(digest(live.parameters()) for live, _, _ in self._made.values())
+        adapters = () if self.gated is None else (*signature(self.gated[0]), digest(self.gated[0].parameters()))
+        return (structure, around, pure), places, values, adapters
+
+    def refresh(self, begin: Callable[[], None] = lambda: None) -> bool:
+        """Whether the tree was made anew; begin is called before."""
+        key = self.look()
+        if self.tree is not None and key == self.key:
+            return False
+        begin()
+        old, self._made, self.tree = self._made, {}, None
+        fast = key[0][2] and key[0] not in self.plain
+        if self.packs is None:
+            on_cpu = all(p.device.type == "cpu" for p in self.module.parameters())
+            self.packs = on_cpu and _can_pack(self.module)
+        self.tree = attending_copy(self.module, lambda path, part: self._stand_in(path, part, old, fast))
+        settle(self.tree)
+        self.key = self.look()
+        return True
+
+    def _stand_in(self, path: str, part: nn.Module, old: dict[str, Any], fast: bool) -> nn.Module | None:
+        found = self._fast_part(path, part, old) if fast else None
+        if self.gated is None or not path.startswith(f"{self.gated[1]}."):
+            return found
+        adapters, below = self.gated[0], path.removeprefix(f"{self.gated[1]}.")
+        if isinstance(found, FusedLayer):
+            found.gated(adapters, below)
+        elif below in adapters.of:
+            adapter = RowAdapter(adapters, [below], [part.out_features])
+            return GatedLinear(part if found is None else found, adapter.to(_dtype_of(part)))
+        return found
+
+    def _fast_part(self, path: str, part: nn.Module, old: dict[str, Any]) -> nn.Module | None:
+        known = old.pop(path, None)
+        if known is not None and known[:2] == (part, self._key_of(part)):
+            self._made[path] = known
+            return known[2]
+        known = None  # let go before the new one is made
+        made: nn.Module | None = None
+        if self.packs:
+            made = _fused_layer(part, self.rotation)
+            if made is None and _plain_linear(part):
+                made = PackedLinear.of(part)
+        if made is None and untouched(part):
+            made = fused_norm(part)
+        if made is not None:
+            self._made[path] = (part, self._key_of(part), made)
+        return made
+
+    @staticmethod
+    def _key_of(part: nn.Module) -> Any:
+        return (*signature(part), digest(part.parameters()))
 
 
-def _swap(parent: nn.Module, rotation: Rotation | None, gated: tuple[GatedAdapters, str] | None, path: str) -> None:
-    for name, child in list(parent.named_children()):
-        at = f"{path}.{name}" if path else name
-        fast: nn.Module | None = None if rotation is None else _fused_layer(child, rotation)
-        if fast is None and rotation is not None and type(child) is nn.Linear and child.weight.dtype in PACKABLE:
-            fast = PackedLinear.of(child)
-        if fast is None:
-            fast = fused_norm(child)
-        if gated is not None and at.startswith(f"{gated[1]}."):
-            adapters, below = gated[0], at.removeprefix(f"{gated[1]}.")
-            if isinstance(fast, FusedLayer):
-                fast.gated(adapters, below)
-            elif below in adapters.of:
-                adapter = RowAdapter(adapters, [below], [child.out_features])
-                fast = GatedLinear(child if fast is None else fast, adapter.to(_dtype_of(child)))
-        if fast is None:
-            _swap(child, rotation, gated, at)
-        else:
-            setattr(parent, name, fast)
+def fast_view(module: nn.Module) -> nn.Module:
+    """A fast copy of a module as it is now."""
+    copy = Copy(module)
+    copy.refresh()
+    assert copy.tree is not None
+    return copy.tree
+
+
+def copy_key(module: nn.Module) -> Any:
+    """Everything that decides what a module says now: fast copies of it are good while this stays equal."""
+    device = next((t.device for t in module.parameters()), torch.device("cpu"))
+    return (*signature(module), surroundings(device), digest((*module.parameters(), *module.buffers())))
 
 
 def _dtype_of(linear: Any) -> torch.dtype:
     """What a linear's products come in; quantized weights are whole numbers, their products are not."""
     dtype = linear.weight.dtype
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
-
-
-def weights_version(module: nn.Module) -> tuple[int, ...]:
-    """Changes whenever a parameter or buffer was written to or replaced."""
-    return tuple(n for t in (*module.parameters(), *module.buffers()) for n in (t.data_ptr(), t._version))

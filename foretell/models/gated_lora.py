@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foretell.models.live import OfThread
+
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear of the decoder's layers
 # not adapted: what chooses experts (as in PEFT's all-linear recipes), and MLA's expansion of compressed keys, which
 # reads the whole cache again in every step, rows of text included
@@ -61,6 +63,12 @@ class LoRA(nn.Module):
         return F.linear(low_Nr, self.lora_B.weight[self.share(name)].to(low_Nr.dtype)) * self.scale
 
 
+class _Rows(OfThread):
+    """What a forward tells the adapters that it meets."""
+
+    rows: Tensor | slice | None = None
+
+
 class GatedAdapters(nn.Module):
     """All adapters of a target, and the gate. They live beside the target and reach its linears while `on` is open."""
 
@@ -76,7 +84,7 @@ class GatedAdapters(nn.Module):
         fuse: bool,
     ) -> None:
         super().__init__()
-        self.rows: Tensor | slice | None = None  # mask rows of the current forward, flattened; None: there are none
+        self.now = _Rows()
         linears = _matching(layers, modules)
         self.paths = list(linears)
         self.adapters = nn.ModuleDict()
@@ -86,6 +94,15 @@ class GatedAdapters(nn.Module):
             named = {path.rpartition(".")[2]: linears[path] for path in group}
             self.adapters[key] = LoRA(named, rank, alpha, dropout, use_rslora)
             self.of.update({path: (key, path.rpartition(".")[2]) for path in group})
+
+    @property
+    def rows(self) -> Tensor | slice | None:
+        """Mask rows of this thread's forward, flattened; None: there are none."""
+        return self.now.rows
+
+    @rows.setter
+    def rows(self, rows: Tensor | slice | None) -> None:
+        self.now.rows = rows
 
     @property
     def drops(self) -> bool:

@@ -30,7 +30,7 @@ class MTPBlock(nn.Module):
         D, like = target.hidden_size, target.head.weight
         self.order, self.chain_raw = order, chain_raw
         self.enorm, self.hnorm = _fresh_norm(target.norm), _fresh_norm(target.norm)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=like.dtype)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=target.dtype)
         block, self.layer_type = target.block_copy()
         self.block = block
         self.norm = copy.deepcopy(target.norm)

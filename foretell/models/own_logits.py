@@ -89,7 +89,7 @@ def logit_formula(model: Any) -> LogitFormula | None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     weight, numbers = head.weight, _numbers(model.config.to_dict())
     V, D = weight.shape[0], config.hidden_size
-    sizes_N = torch.logspace(*SIZES, max(4, min(V // 2, 64)), device=weight.device)
+    sizes_N = torch.logspace(*SIZES, max(4, min(V // 2, 64)), device=weight.device, dtype=torch.float32)
     given_V = torch.cat([sizes_N, -sizes_N]).repeat(-(-V // (2 * len(sizes_N))))[:V].clone()
     taken: list[Tensor] = []
 

@@ -11,7 +11,6 @@ new model, alone with it, would have read it. The live module is asked, in copie
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foretell.models.live import OfThread
 
-class TextLengths(threading.local):
+
+class TextLengths(OfThread):
     """How long the text of each row is that this thread turns now; None: as long as the forward's largest position."""
 
     rows_BR: Tensor | None = None

@@ -9,8 +9,11 @@ attention function, ready positions); no modelling file is copied.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import inspect
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,15 +24,16 @@ from torch import Tensor, nn
 
 from foretell.models.attention import NAME, RowMasks
 from foretell.models.comb_attention import COMB, CombKeys, comb_attention
-from foretell.models.fast import fast_view, weights_version
+from foretell.models.fast import Copy
 from foretell.models.gated_lora import GatedAdapters, MaskRows
 from foretell.models.graphs import StaticSteps
 from foretell.models.lean_layer import lean_layers
+from foretell.models.live import OfThread, digest
 from foretell.models.own_logits import LogitFormula, logit_formula, own_logits
+from foretell.models.refusals import UnsupportedModelError, refuse_hooks, refuse_model, refuse_now
 from foretell.models.rotary import LengthRotary, TextLengths, stand_in, turns_by_length
+from foretell.models.self_check import Verdict, compare
 from foretell.models.slot_cache import SlotCache, cache_name
-
-_RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
 
 
 @dataclass
@@ -41,8 +45,9 @@ class TargetRows:
     blocks: list[dict[int, int]] | None = None  # of each sequence: {row that carries masks: row of its first mask}
 
 
-class UnsupportedModelError(ValueError):
-    """The target's architecture has no place for an MTP module, and why."""
+def norm_name(decoder: Any) -> str:
+    """What a decoder calls its final norm."""
+    return next(n for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,26 +57,25 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse(model: nn.Module) -> None:
-    config, name = getattr(model, "config", None), type(model).__name__
-    want = "a decoder-only causal LM with standard attention and rotary positions (Llama, Qwen, Mistral, Gemma, ...)"
-    if config is None or not hasattr(model, "get_output_embeddings"):
-        raise UnsupportedModelError(f"got {name}, wanted {want} from transformers: load one with AutoModelForCausalLM.")
-    text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} ({config.model_type}) is an encoder-decoder; wanted {want}.")
-    kinds = {str(kind) for kind in (getattr(text, "layer_types", None) or [])}
-    other = sorted(kind for kind in kinds if any(word in kind for word in _RECURRENT))
-    if other or getattr(model, "_is_stateful", False) or any(word in config.model_type for word in ("mamba", "rwkv")):
-        why = f"layers of kind {', '.join(other)}" if other else "a recurrent state"
-        raise UnsupportedModelError(
-            f"{name} ({config.model_type}) has {why}: linear-attention and state-space models cannot roll back "
-            f"rejected drafts and are not supported. Wanted {want}."
-        )
-    if model.get_output_embeddings() is None or not hasattr(model.get_decoder(), "rotary_emb"):
-        raise UnsupportedModelError(
-            f"{name} ({config.model_type}) has no output head or no rotary positions; wanted {want}."
-        )
+class _Now(OfThread):
+    """Of the forward that runs in this thread, and of the call that it belongs to."""
+
+    view: nn.Module | None = None
+    pre_norm: Tensor | None = None
+    bare = False  # no adapters of mask rows
+
+
+class _Noting(nn.Module):
+    """The final norm, which notes what it was given."""
+
+    def __init__(self, norm: nn.Module, now: _Now) -> None:
+        super().__init__()
+        self.norm, self.now = norm, now
+
+    def forward(self, hidden_BRD: Tensor) -> Tensor:
+        """As the norm."""
+        self.now.pre_norm = hidden_BRD
+        return self.norm(hidden_BRD)
 
 
 class Target:
@@ -82,28 +86,51 @@ class Target:
 
     def __init__(self, model: nn.Module) -> None:
         base = unwrap(model)
-        _refuse(base)
-        self.model = base
+        refuse_model(model, base)
+        self.outer, self.model = model, base
         self.config = base.config.get_text_config()
-        self.decoder = base.get_decoder()
-        self.layers: nn.ModuleList = self.decoder.layers
-        self.norm: nn.Module = next(
-            getattr(self.decoder, n)
-            for n in ("norm", "final_layer_norm", "final_layernorm")
-            if hasattr(self.decoder, n)
-        )
-        self.embed_tokens: nn.Module = base.get_input_embeddings()
-        self.head: nn.Module = base.get_output_embeddings()
         self._formula = logit_formula(base)  # None: the model's own forward makes logits
         self._lengths = TextLengths()
         # rotary frequencies that depend on the length of the whole text (longrope, dynamic NTK)
         self.turns_by_length = any(map(turns_by_length, self.decoder.modules()))
         self._rotary_by_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
-        self._view: nn.Module | None = None
-        self._version: tuple[int, ...] | None = None
-        self._masks = RowMasks()
+        self._copy: Copy | None = None
+        self._verdicts: dict[Any, Verdict] = {}  # by structure: what the copy's comparison with the model gave
+        self._masks, self._now, self._lock = RowMasks(), _Now(), threading.RLock()
         self.static: StaticSteps | None = None  # decode steps as CUDA graphs, on a GPU
         self.mask_rows: MaskRows | None = None  # mask embeddings and gated adapters, of the masked method
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: without what is made anew when it is needed."""
+        own = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_copy", "static")}
+        return own | {"_verdicts": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock(), _copy=None, static=None)
+
+    # -- parts of the model, which may be others tomorrow --------------------------------------------------------------
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final one."""
+        decoder = self.decoder
+        return getattr(decoder, norm_name(decoder))
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> Any:
+        return self.model.get_output_embeddings()
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +148,8 @@ class Target:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        """In which the states come."""
+        return next(self.norm.parameters(), self.embed_tokens.weight).dtype
 
     @property
     def rereads_at(self) -> int | None:
@@ -354,40 +382,119 @@ class Target:
             out = self.decoder(inputs_embeds=embedding_BRD, position_ids=position_ids_BR, use_cache=False)
         return out.last_hidden_state
 
-    def refresh(self) -> None:
-        """Make the fast module tree anew if the weights have changed. Once a decoding call: the check takes
-        milliseconds."""
-        if self._view is not None and self._weights_version() != self._version:
-            self.release()
-        self._formula = logit_formula(self.model)
-        self.view()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """One decoding call: what the model is now is what it is for this call, whatever calls inside it do."""
+        view, before = self._noticed(), self._now.view
+        self._now.view = view
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # what a call keeps for the next serves any
+                yield
+        finally:
+            self._now.view = before
+
+    def refresh(self, longest: int = 0) -> None:
+        """Notice what has changed in the model, and make what is stale of the copy anew. Once a decoding call:
+        `reading` has done it for what runs inside. longest: tokens of the longest text that will be read.
+
+        Raises UnsupportedModelError for a model, or a length, that cannot be read as the model itself reads it.
+        """
+        if self._now.view is None:
+            self._noticed()
+        within = self._verdicts[self._copy.key[0]].within if self._copy and self._copy.key else None
+        if within is not None and longest > within:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} ({self.config.model_type}): got texts of up to {longest} tokens, but its "
+                f"window of {within} does not reach our attention function; wanted at most {within} in all."
+            )
 
     def view(self) -> nn.Module:
         """The fast module tree: the same weights, through our attention function and fast parts."""
-        if self._view is None:
-            gated = None if self.mask_rows is None else self.mask_rows.by_path(self.model, self.layers)
-            self._view, self._version = fast_view(self.model, gated), self._weights_version()
-            config = self._view.config.get_text_config()
-            config._attn_implementation_internal = NAME
-            self._masks.hang_on(self._view)
-            decoder = self._view.get_decoder()
-            norm = next(
-                getattr(decoder, n) for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n)
-            )
-            norm.register_forward_pre_hook(self._capture)
-            stand_in(self._view, self._lengths)
-        return self._view
+        if self._now.view is not None:
+            return self._now.view
+        if self._copy is None or self._copy.tree is None:
+            return self._noticed()
+        return self._copy.tree
 
-    def _weights_version(self) -> tuple[int, ...]:
-        return weights_version(self.model) + (() if self.mask_rows is None else weights_version(self.mask_rows))
+    def verdict(self) -> dict[str, Any]:
+        """What comparing the copy with the model itself gave, as plain data."""
+        self._noticed()
+        return dataclasses.asdict(self._verdicts[self._copy.key[0]])
+
+    def head_key(self) -> int:
+        """A number for the output head's values, as of the last time somebody looked."""
+        return self._copy.digest_of(self.head) if self._copy else digest(self.head.parameters())
+
+    def _noticed(self) -> nn.Module:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._copy is None:
+                gated = None if self.mask_rows is None else self.mask_rows.by_path(self.model, self.layers)
+                self._copy = Copy(self.model, gated)
+            refuse_now(self.outer, self.model)
+            while self._copy.refresh(self._before_a_copy):
+                structure = self._copy.key[0]
+                self._dress(self._copy.tree)
+                if structure not in self._verdicts:
+                    self._judge(structure)
+            assert self._copy.tree is not None
+            return self._copy.tree
+
+    def _before_a_copy(self) -> None:
+        self.static = None
+        self._formula = None if refuse_hooks(self.model) else logit_formula(self.model)
+
+    def _judge(self, structure: Any) -> None:
+        """Hold the copy against the model itself; where the fast one differs, a plain one serves."""
+        copy, name = self._copy, f"{type(self.model).__name__} ({self.model.config.model_type})"
+        if len(self._verdicts) >= 16:
+            self._verdicts.clear()
+        fast = copy.is_fast
+        try:
+            verdict = compare(self, copy.tree, "fast" if fast else "plain")
+        except BaseException:
+            self.release()
+            raise
+        before = copy.plain.get(structure)
+        if (verdict.differs or verdict.within) and fast:
+            copy.plain[structure] = verdict
+            copy.key = None  # once more, without fast parts
+        elif verdict.differs:
+            self.release()
+            raise UnsupportedModelError(
+                f"{name} cannot be decoded exactly: {verdict.differs}; the first to differ: {verdict.layer}. Wanted "
+                "the model's own logits from its layers through an attention function and a cache of our own."
+            )
+        else:
+            if before is not None:
+                verdict.layer = before.layer
+                warnings.warn(
+                    f"{name}: fast parts of the decoding copy compute something else ({before.differs or 'a window'}; "
+                    f"first: {before.layer or 'attention'}), so its own layers decode, somewhat slower.",
+                    stacklevel=2,
+                )
+            self._verdicts[structure] = verdict
+
+    @contextmanager
+    def bare(self, tree: nn.Module) -> Iterator[None]:
+        """While this is open, this copy is the view of this thread, without adapters of mask rows."""
+        before, self._now.view, self._now.bare = self._now.view, tree, True
+        try:
+            yield
+        finally:
+            self._now.view, self._now.bare = before, False
 
     def release(self) -> None:
         """Forget the fast module tree, its packed weights and what was recorded of it."""
-        self._view = self._version = self.static = None
+        self._copy = self.static = None
 
-    def _capture(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._pre_norm = args[0]
+    def _dress(self, tree: Any) -> None:
+        self._masks.hang_on(tree)
+        decoder = tree.get_decoder()
+        name = norm_name(decoder)
+        decoder.__dict__["_modules"][name] = _Noting(getattr(decoder, name), self._now)
+        stand_in(tree, self._lengths)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def forward_rows(
         self,
@@ -455,14 +562,15 @@ class Target:
         cache.begin(first, lengths_B, valid_BR, R, visible)
         self._masks.begin(lengths_B, visible, R, **masks)
         decoder = view.get_decoder()
-        with self._masks.asked(), nullcontext() if self.mask_rows is None else self.mask_rows.through(steps_BR):
+        bare = self.mask_rows is None or self._now.bare
+        with self._masks.asked(), nullcontext() if bare else self.mask_rows.through(steps_BR):
             out = decoder(
                 **{"input_ids" if read.dim() == 2 else "inputs_embeds": read, cache_name(decoder.forward): cache},
                 position_ids=position_ids_BR,
                 use_cache=True,
                 return_dict=True,
             )
-        return TargetRows(out.last_hidden_state, self._pre_norm)
+        return TargetRows(out.last_hidden_state, self._now.pre_norm)
 
     def _can_be_recorded(self) -> bool:
         """Whether a step never waits for the device: no experts chosen in Python, no rotary table that grows."""

@@ -1,0 +1,105 @@
+"""What cannot be honoured in a target, by name: kinds of models, and what was hung on one that decoding would drop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
+# PEFT's arguments of one call, which it hands on through hooks: our rows are other rows than the caller's
+_CALL_HOOKS = {"_adapter_names_pre_forward_hook": "adapter_names", "_alora_offsets_pre_forward_hook": "alora_offsets"}
+_OWN_FORWARD = ("XLORA", "POLY", "ADAPTION_PROMPT")  # adapters that ask for more than the rows at hand
+
+
+class UnsupportedModelError(ValueError):
+    """The target's architecture has no place for an MTP module, or it cannot be decoded exactly, and why."""
+
+
+def refuse_model(outer: nn.Module, model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model that cannot have a module. outer: as the user gave it."""
+    config, name = getattr(model, "config", None), type(model).__name__
+    want = "a decoder-only causal LM with standard attention and rotary positions (Llama, Qwen, Mistral, Gemma, ...)"
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedModelError(f"got {name}, wanted {want} from transformers: load one with AutoModelForCausalLM.")
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} ({config.model_type}) is an encoder-decoder; wanted {want}.")
+    kinds = {str(kind) for kind in (getattr(text, "layer_types", None) or [])}
+    other = sorted(kind for kind in kinds if any(word in kind for word in _RECURRENT))
+    if other or getattr(model, "_is_stateful", False) or any(word in config.model_type for word in ("mamba", "rwkv")):
+        why = f"layers of kind {', '.join(other)}" if other else "a recurrent state"
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) has {why}: linear-attention and state-space models cannot roll back "
+            f"rejected drafts and are not supported. Wanted {want}."
+        )
+    if model.get_output_embeddings() is None or not hasattr(model.get_decoder(), "rotary_emb"):
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) has no output head or no rotary positions; wanted {want}."
+        )
+    refuse_adapter(outer)
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        raise UnsupportedModelError(_elsewhere(name, places))
+
+
+def _elsewhere(name: str, places: set[str]) -> str:
+    return (
+        f"{name} lies in several places ({', '.join(sorted(places))}); wanted all of it on one device and nothing "
+        "offloaded: load it with device_map={'': device}."
+    )
+
+
+def refuse_adapter(outer: nn.Module) -> None:
+    """Raise UnsupportedModelError for an active adapter that acts outside the layers."""
+    config = getattr(outer, "active_peft_config", None)
+    kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+    if config is not None and (config.is_prompt_learning or kind in _OWN_FORWARD):
+        raise UnsupportedModelError(
+            f"got an active adapter of kind {kind}, which acts outside the model's layers (virtual tokens, or weights "
+            "chosen per text); wanted adapters inside the layers (LoRA and its kin), or the model without it."
+        )
+
+
+def refuse_now(outer: nn.Module, model: Any) -> None:
+    """Raise UnsupportedModelError for what stands around the live model now and decoding would leave out."""
+    name = type(model).__name__
+    refuse_adapter(outer)
+    prepare = model.__dict__.get("prepare_inputs_for_generation")
+    owner = getattr(prepare, "__self__", None)
+    if prepare is not None and owner is not model:
+        if getattr(owner, "active_peft_config", None) is None:
+            raise UnsupportedModelError(
+                f"{name}.prepare_inputs_for_generation was replaced, and foretell prepares rows itself; wanted its own."
+            )
+        refuse_adapter(owner)
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) > 1 or "meta" in places:
+        raise UnsupportedModelError(_elsewhere(name, places))
+
+
+def refuse_hooks(model: Any) -> bool:
+    """Whether something hangs on what holds the decoder, so that logits must pass through it.
+
+    Raises UnsupportedModelError for hooks on the live model that decoding would leave out.
+    """
+    decoder, given = model.get_decoder(), set()
+    for part in model.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            name = getattr(getattr(hook, "func", None), "__name__", "")
+            if name in _CALL_HOOKS:
+                given.add(_CALL_HOOKS[name])
+                del part._forward_pre_hooks[key]  # PEFT does so at the end of a call, but not after an error
+    if given:
+        raise UnsupportedModelError(
+            f"foretell's generate cannot honour: {', '.join(sorted(given))} (rows of several texts share a forward). "
+            "Use set_adapter."
+        )
+    above = [part for part in model.modules() if part is not decoder and any(one is decoder for one in part.modules())]
+    for part in above:
+        if part._forward_pre_hooks or part._forward_hooks_with_kwargs:
+            raise UnsupportedModelError(
+                f"{type(part).__name__} has hooks that see its inputs, and decoding calls the decoder inside it with "
+                "rows of its own: register them on the decoder or a layer."
+            )
+    return any(part._forward_hooks for part in above)

@@ -24,6 +24,7 @@ from foretell.models.live import OfThread
 from foretell.ops.tree import chain_mask, depths, document_mask, row_mask
 
 NAME = "foretell"
+_LONG = 512  # columns, from which on it pays to look which of them are hidden from all rows
 _ASKED = threading.local()  # the masks that a model's own code asks for while its decoder runs
 
 
@@ -127,6 +128,16 @@ class RowMasks(OfThread):
             self._made[key] = mask, _widened(mask, groups, additive)  # kept, so that no other gets its id
         return self._made[key][1]
 
+    def first(self, mask: Tensor | None) -> int:
+        """The first column that any row sees by a mask of this step: what lies before a window is not even read."""
+        if mask is None or mask.shape[-1] < _LONG or mask.device.type != "cpu":  # a GPU would have to be waited for
+            return 0
+        key = ("first", id(mask))
+        if key not in self._made:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+            self._made[key] = mask, int(seen.flatten(0, -2).any(0).int().argmax())
+        return self._made[key][1]
+
 
 def _widened(mask: Tensor, groups: int, additive: torch.dtype | None) -> Tensor:
     B, heads, R, L = mask.shape
@@ -173,6 +184,9 @@ def foretell_attention(
         mask = masks.get(sliding_window, G, additive)
     else:
         raise RuntimeError("attention 'foretell' needs a mask: run rows through Target, not the model itself.")
+    before = 0 if masks is None else masks.first(mask)
+    if before:
+        key, value, mask = key[:, :, before:], value[:, :, before:], mask[..., before:]
     packed = query.reshape(B, H, G * R, E)
     if plain:
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)

@@ -100,7 +100,7 @@ def frozen(model: nn.Module, **settings: Any) -> MTPModel:
     """An MTPModel whose module learns and whose target does not."""
     mtp = get_mtp_model(model, {"method": "masked", "lora_alpha": 32.0, **settings})
     mtp.model.requires_grad_(False)
-    mtp.make_trainable(True)
+    mtp.make_trainable()
     return mtp.train()
 
 

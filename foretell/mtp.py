@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,23 @@ from foretell.decoding.generate import MTPGenerate, MTPGenerateOutput
 from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanLength
 from foretell.decoding.workspaces import Workspace, Workspaces
-from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
+from foretell.methods.base import MTPConfig
+from foretell.methods.learning import Learning
 from foretell.models.fast import copy_key
-from foretell.models.target import Target, TargetRows
-from foretell.ops.losses import linear_loss
-from foretell.ops.shift import check_depth, next_labels, prefix_labels
-from foretell.types import Drafter, LossSum, ModuleDrafter
+from foretell.models.target import Target
+from foretell.types import Drafter, ModuleDrafter
 
 LONGEST_AUTO = 10  # deepest draft that num_draft_tokens="auto" considers
 
 
-class MTPModel(nn.Module):
-    """`model` is the target, `module` what looks further ahead. The target's weights are never copied."""
+class MTPModel(Learning):
+    """`model` is the target, `module` what looks further ahead. The target's weights are never copied.
+
+    What is not MTPModel's own is the target's, as with PeftModel: get_input_embeddings, num_parameters, ...
+    """
+
+    stores_target = False  # whether save_pretrained stores the target too: trainers say so of a target that learns
+    is_quantized = False  # to trainers: a module of whole numbers learns beside the target, however that is stored
 
     def __init__(self, model: nn.Module, config: MTPConfig) -> None:
         super().__init__()
@@ -44,6 +49,14 @@ class MTPModel(nn.Module):
         self.module.train(model.training)
         self._workspaces = Workspaces()
         self._curve: CostCurve | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
 
     @property
     def config(self) -> Any:
@@ -62,19 +75,24 @@ class MTPModel(nn.Module):
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write mtp_config.json and mtp_model.safetensors; the target is not copied.
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+        """Write mtp_config.json and mtp_model.safetensors; and, if it learned with the module, the target (or its
+        adapter) as its own save_pretrained stores it, which takes kwargs.
 
         state_dict: all tensors of this MTPModel, gathered elsewhere (sharded training).
         """
+        target_state = None
         if state_dict is None:
             module_state, about_target = self.module.state_dict(), self.target.fingerprint()
         else:
             module_state = {n.removeprefix("module."): t for n, t in state_dict.items() if n.startswith("module.")}
+            target_state = {n.removeprefix("model."): t for n, t in state_dict.items() if n.startswith("model.")}
             named = ((n.replace("_checkpoint_wrapped_module.", ""), p) for n, p in self.named_parameters())
             about_target = self.target.fingerprint({id(p): state_dict[n] for n, p in named if n in state_dict})
         peft = self.module.as_peft(self.target, module_state)
         save_module(module_state, self.mtp_config, about_target, folder, self.notes, peft)
+        if self.stores_target:
+            self.model.save_pretrained(folder, state_dict=target_state, **kwargs)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> MTPModel:
@@ -105,90 +123,7 @@ class MTPModel(nn.Module):
         fill(mtp.module)
         return mtp
 
-    # -- training ------------------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        *,
-        mtp_training_mode: GradientMode = "standalone",
-        mtp_supervision: Supervision = "labels",
-        mtp_loss: LossKind = "ce",
-        train_target: bool = False,
-        mtp_coefficients: Tensor | None = None,
-        **inputs: Tensor,
-    ) -> dict[str, Any]:
-        """Sums and counts of the losses; nothing is divided here (training/objective.py does that, once).
-
-        inputs as made by MTPCollator. mtp_coefficients [K]: what the caller will multiply the depths' totals by, up to
-        one factor for all; a text longer than a masked module's chunk_size needs it where they differ.
-        Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth, "anchor": LossSum or None}; the last is of
-        tokens that carry masks where these learn by proposals (methods/student_forced.py).
-        """
-        batch = to_batch(inputs)
-        check_depth(self.mtp_config.depth, batch.input_ids_BT.shape[1])
-        detach = mtp_training_mode != "joint"
-        if batch.hidden_BTD is not None and self.module.reads_states:
-            rows = self._kept_rows(batch.hidden_BTD)
-        else:
-            rows = self.module.read(self.target, batch, train_target, not detach)
-        ntp: LossSum | None = None
-        anchored = self.module.anchored(mtp_supervision, not detach)
-        if train_target or self.module.text_learns(joint=False):
-            assert rows is not None, "what learns the text has read it"
-            labels_BT = prefix_labels(batch) if anchored else next_labels(batch.labels_BT, batch.document_BT)
-            ntp = linear_loss(
-                rows.post_norm_BRD.reshape(-1, self.target.hidden_size),
-                self.target.head.weight if train_target else self.target.head.weight.detach(),
-                labels_N=labels_BT.reshape(-1),
-                bias_M=getattr(self.target.head, "bias", None),
-                softcap=self.target.softcap,
-                logit_scale=self.target.logit_scale,
-            )
-        mtp = []
-        with torch.no_grad() if mtp_training_mode == "disabled" else nullcontext():
-            mtp = self.module.losses(
-                self.target,
-                batch,
-                rows,
-                detach=detach,
-                supervision=mtp_supervision,
-                kind=mtp_loss,
-                coefficients_K=mtp_coefficients,
-            )
-        if anchored and ntp is not None:
-            ntp.total = ntp.total * getattr(self.mtp_config, "prefix_loss_weight", 1.0)
-        return {"ntp": ntp, "mtp": mtp, "anchor": getattr(rows, "anchor", None)}
-
-    def make_trainable(self, learns: bool) -> None:
-        """Whether the module's parameters ask for a gradient. Those that learn become fp32 master weights: autocast
-        computes in the lower precision.
-        """
-        never = {id(parameter) for parameter in self.module.frozen()}
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(learns and id(parameter) not in never)
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """As PreTrainedModel's: the target's layers and the module's blocks are computed again in the backward pass."""
-        if self.module.lays_masks:
-            raise ValueError("activation checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly.")
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-        like = self.target.layers[0]
-        for part in self.module.modules():
-            if hasattr(part, "gradient_checkpointing"):
-                part._gradient_checkpointing_func = like._gradient_checkpointing_func
-                part.gradient_checkpointing = True
-
-    def _kept_rows(self, hidden_BTD: Tensor) -> TargetRows:
-        """States that were kept while the target decoded: those that the module reads."""
-        hidden_BTD = hidden_BTD.to(self.target.dtype)
-        if self.mtp_config.hidden_source == "post_norm":
-            return TargetRows(hidden_BTD, None)
-        with torch.no_grad():
-            return TargetRows(self.target.norm(hidden_BTD), hidden_BTD)
+    # -- analysis ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def draft_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -509,7 +509,7 @@ def test_a_tree_needs_heads_and_a_fixed_length():
 @pytest.mark.parametrize("head_type", TYPES)
 def test_heads_that_learn_draft_beside_a_bf16_target(head_type):
     mtp = get_mtp_model(tiny_model().to(torch.bfloat16), {"method": "heads", "depth": 2, "head_type": head_type})
-    mtp.make_trainable(True)  # fp32 masters, as while training measures tau
+    mtp.make_trainable()  # fp32 masters, as while training measures tau
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = mtp.generate(ids, max_new_tokens=8, do_sample=False, num_draft_tokens=0)
     assert torch.equal(mtp.generate(ids, max_new_tokens=8, do_sample=False), plain)

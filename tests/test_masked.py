@@ -1081,7 +1081,6 @@ def test_trl_chooses_the_tokens_that_carry_masks(tmp_path):
 def test_joint_training_in_trl_reaches_the_target(tmp_path):
     trainer = sft_trainer(tmp_path, "joint")
     mtp = trainer.mtp.train()
-    mtp.detached = False
-    mtp(fused_lm_head=True, **trainer.data_collator([trainer.train_dataset[i] for i in range(2)]))
+    trainer.compute_loss(mtp, trainer.data_collator([trainer.train_dataset[i] for i in range(2)]))
     sum(loss.total for loss in mtp.losses["mtp"]).backward()
     assert gradients(mtp.model).keys() == {name for name, _ in mtp.model.named_parameters()}

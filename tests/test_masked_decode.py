@@ -61,7 +61,7 @@ def fitted(steps: int = 40, **settings: Any) -> MTPModel:
     mask_BT = nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in ids], batch_first=True)
     torch.manual_seed(0)
     mtp = get_mtp_model(model, MaskedConfig(**{"depth": K, "lora_rank": 8, **settings})).train()
-    mtp.make_trainable(True)
+    mtp.make_trainable()
     optimizer = torch.optim.AdamW([p for p in mtp.module.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -491,7 +491,8 @@ def test_a_loss_never_counts_more_rows_than_it_is_divided_by(method, supervision
     trainer = MTPTrainer(mtp, args, [{"input_ids": list(range(2, 12))}])
     others = [token for token in range(2, VOCAB) if token not in mtp.module.draft_vocab_ids]
     for inputs in (packed(ROWS), packed([[(others[:20], others[:20])]])):  # in the second no label is a draft token
-        counts = trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
+        trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
+        counts = trainer._counts_K1
         losses = mtp(**inputs, mtp_supervision=supervision)["mtp"]
         assert all(int(loss.count) <= int(count) for loss, count in zip(losses, counts[1:], strict=True))
         if (

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from foretell.data.collate import MTPCollator
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.training.mtp_training import last_complete_checkpoint
 from foretell.training.tau import prompt_of
-from foretell.training.trainer import MTPTrainer, MTPTrainingArguments, last_complete_checkpoint
+from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.types import IGNORE_INDEX
 from tests.test_prompts import chat, make_tokenizer
 from tests.tiny import VOCAB, tiny_config, tiny_model
@@ -316,7 +317,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, monkeypatch):
     taus = iter([1.2, 1.9, 1.5, 1.1, 1.3, 1.4])
-    monkeypatch.setattr(MTPTrainer, "measure_tau", lambda self: {"tau": next(taus)})
+    monkeypatch.setattr(MTPTrainer, "measure_tau", lambda self, rows=None: {"tau": next(taus)})
     mtp = make()
     trainer = trainer_of(
         mtp,

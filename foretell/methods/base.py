@@ -128,6 +128,10 @@ class MTPModule(nn.Module):
         """Parameters that never learn."""
         return []
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters that weight decay leaves alone: gains of norms and biases."""
+        return [parameter for parameter in self.parameters() if parameter.dim() < 2]
+
     def as_peft(self, target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Settings and tensors of a plain PEFT adapter, where the module is one; state: its tensors, whole."""
         return None
@@ -191,9 +195,7 @@ class MTPModule(nn.Module):
 
     def target_head(self, target: Target, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The target's output head over the draft vocabulary: weight [M, D] and bias [M] or None."""
-        weight, bias = target.head.weight, getattr(target.head, "bias", None)
-        if detach:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        weight, bias = target.head_matrix(detach)
         if self.draft_vocab_ids is not None:
             weight = weight.index_select(0, self.draft_vocab_ids)
             bias = None if bias is None else bias.index_select(0, self.draft_vocab_ids)

@@ -220,6 +220,10 @@ class MaskedModule(MTPModule):
         """See MTPModule."""
         return [] if self.config.train_masks or self.rows.embedding is None else [self.rows.embedding]
 
+    def undecayed(self) -> list[torch.nn.Parameter]:
+        """See MTPModule; and the masks, which are embeddings."""
+        return [*super().undecayed(), *([] if self.rows.embedding is None else [self.rows.embedding])]
+
     def as_peft(self, target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """See MTPModule: noise masks without a sampler are nothing but adapters, which engines load (SGLang's UNO)."""
         config, adapters = self.config, self.rows.adapters

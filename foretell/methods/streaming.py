@@ -52,7 +52,7 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Any, ...]:
         wanted_K = ctx.coefficients_K.to(grad_K)
         factor = (grad_K @ wanted_K) / (wanted_K @ wanted_K).clamp(min=torch.finfo(grad_K.dtype).tiny)
-        if not torch.allclose(grad_K, wanted_K * factor, rtol=1e-4, atol=0.0):
+        if not torch.allclose(grad_K, wanted_K * factor, rtol=1e-4, atol=0.0, equal_nan=True):
             raise ValueError(
                 f"a streamed loss was differentiated for depths weighted as {wanted_K.tolist()}, but is multiplied by "
                 f"{grad_K.tolist()}: pass mtp_coefficients to the forward call, or a chunk_size that holds the text."

@@ -151,14 +151,15 @@ def anchor(
         rows_N = torch.arange(len(taught_ND), device=taught_ND.device)
         label_N = chosen_tokens(piece.teacher.logits, taught_ND, rows_N)
         if supervision == "student_forced_soft":
-            head = piece.teacher.head
-            what = {"kind": kind, "teacher_hidden_ND": taught_ND, "teacher_weight_MD": head.weight.detach()}
-            what |= {"teacher_bias_M": getattr(head, "bias", None), "teacher_rows_N": rows_N}
+            weight_VD, bias_V = piece.teacher.head_matrix(detach=True)
+            what = {"kind": kind, "teacher_hidden_ND": taught_ND, "teacher_weight_MD": weight_VD}
+            what |= {"teacher_bias_M": bias_V, "teacher_rows_N": rows_N}
+    weight_VD, bias_V = target.head_matrix(detach)
     return linear_loss(
         piece.owners_BOD.flatten(0, 1),
-        target.head.weight.detach() if detach else target.head.weight,
+        weight_VD,
         labels_N=label_N.masked_fill(~counts_BO.flatten(), IGNORE_INDEX),
-        bias_M=getattr(target.head, "bias", None),
+        bias_M=bias_V,
         softcap=target.softcap,
         logit_scale=target.logit_scale,
         **what,

@@ -81,7 +81,9 @@ def own_logits(model: Any, state_BTD: Tensor, head: nn.Module | None = None) -> 
     if head is not None:
         parts[model.get_output_embeddings()] = head
     ids_BT = torch.zeros(state_BTD.shape[:2], dtype=torch.long, device=state_BTD.device)
-    return _with(model, parts)(input_ids=ids_BT, use_cache=False, return_dict=True).logits
+    clone = _with(model, parts)
+    clone.__dict__.pop("forward", None)  # one that was set on the model (TRL's) is bound to it: the class's is asked
+    return clone(input_ids=ids_BT, use_cache=False, return_dict=True).logits
 
 
 def logit_formula(model: Any) -> LogitFormula | None:

@@ -78,6 +78,11 @@ class _Noting(nn.Module):
         return self.norm(hidden_BRD)
 
 
+def _sampled(tensor: Tensor, count: int) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count].float().cpu().numpy().tobytes()
+
+
 class Target:
     """Wraps an AutoModelForCausalLM. Holds no parameters of its own.
 
@@ -169,8 +174,14 @@ class Target:
         digest = hashlib.sha256()
         for parameter in (self.head.weight, next(self.layers[-1].parameters())):
             flat = (gathered or {}).get(id(parameter), parameter).detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu()
-            digest.update(sample.numpy().tobytes())
+            digest.update(_sampled(flat, 4096))
+        states = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            states.update(name.encode() + _sampled((gathered or {}).get(id(parameter), parameter), 64))
+        for part in self.model.modules():  # which adapters are on, and how much
+            states.update(
+                repr([getattr(part, n, "") for n in ("active_adapters", "disable_adapters", "scaling")]).encode()
+            )
         return {
             "architecture": type(self.model).__name__,
             "model_type": self.config.model_type,
@@ -178,6 +189,7 @@ class Target:
             "vocab_size": self.vocab_size,
             "num_hidden_layers": len(self.layers),
             "weights": digest.hexdigest()[:16],
+            "states": states.hexdigest()[:16],  # of all that makes them, adapters included: who keeps states asks
         }
 
     # -- parts that a module borrows -----------------------------------------------------------------------------------
@@ -216,6 +228,20 @@ class Target:
                 "Train on a model without what changes its logits."
             )
         return self._formula
+
+    def head_matrix(self, detach: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The output head as a matrix [V, D] and its bias [V] or None, with what adapters make of it and its gradient.
+
+        Whatever wraps a head (LoRA, modules_to_save, four bits) is asked for its products with the unit vectors.
+        """
+        if type(self.head) is nn.Linear:
+            weight, bias = self.head.weight, self.head.bias
+            return (weight.detach(), None if bias is None else bias.detach()) if detach else (weight, bias)
+        with torch.no_grad() if detach else nullcontext():
+            unit_DD = torch.eye(self.hidden_size, device=self.device, dtype=self.embed_tokens.weight.dtype)
+            bias_V = self.head(torch.zeros_like(unit_DD[:1]))[0]
+            weight_VD = (self.head(unit_DD) - bias_V).T.contiguous()
+            return weight_VD, None if self.head.bias is None else bias_V
 
     def position_embeddings(
         self,
@@ -290,14 +316,31 @@ class Target:
 
         Right padding must look like documents of its own (positions 0), which no other token attends to.
         """
-        captured: list[Tensor] = []
-        handle = self.norm.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
+        ids, positions = self.flat(input_ids_BT), self.flat(position_ids_BT)
+        with self.passing_by() as states, self._turning(positions, None):
+            self.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        post_BTD, pre_BTD = (states[name].view(*input_ids_BT.shape, -1) for name in ("post", "pre"))
+        return TargetRows(post_BTD, pre_BTD)
+
+    def flat(self, rows_BT: Tensor) -> Tensor:
+        """Rows in the shape in which the model's attention keeps documents apart by their positions alone: flash
+        attention does so in one row only, where each row of the batch is one more document.
+        """
+        return rows_BT.reshape(1, -1) if "flash" in str(self.config._attn_implementation) else rows_BT
+
+    @contextmanager
+    def passing_by(self) -> Iterator[dict[str, Tensor]]:
+        """Keeps the states before and after the final norm of a forward that somebody else runs."""
+        states: dict[str, Tensor] = {}
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            states.update(pre=args[0], post=output)
+
+        handle = self.norm.register_forward_hook(keep)
         try:
-            with self._turning(position_ids_BT, None):
-                out = self.decoder(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False)
+            yield states
         finally:
             handle.remove()
-        return TargetRows(out.last_hidden_state, captured[0])
 
     @contextmanager
     def attending(self, attention: str, hung_as: str, rule: Any) -> Iterator[None]:

@@ -68,20 +68,20 @@ def objective(
     losses: dict[str, Any], counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
-    counts, which are those of `coefficients`.
+    counts, which are those of `coefficients`. Where `stay` is given, it is learned in the next-token loss's place.
     """
-    mtp, anchor = losses["mtp"], losses.get("anchor")
+    mtp, anchor, stay = losses["mtp"], losses.get("anchor"), losses.get("stay")
     counts_K1 = counts_K1.to(mtp[0].total.device)
-    parts = {}
+    parts: dict[str, Tensor] = {}
     total = mtp[0].total.new_zeros(())
-    if losses["ntp"] is not None:
-        parts["ntp"] = losses["ntp"].total / counts_K1[0].clamp(min=1)
-        total = total + parts["ntp"]
-    anchored = anchor is not None
-    factor_K = coefficients(counts_K1, scale=1.0, weights=weights, beta=beta, anchored=anchored).to(mtp[0].total)
-    parts["mtp"] = (torch.stack([loss.total for loss in mtp]) * factor_K).sum()
+    for name, loss in (("ntp", losses["ntp"]), ("stay", stay)):
+        if loss is not None:
+            parts[name] = loss.total / counts_K1[0].clamp(min=1)
+    if parts:
+        total = total + (parts["stay"] + 0.0 * parts.get("ntp", 0.0) if "stay" in parts else parts["ntp"])
+    factor_K = coefficients(counts_K1, scale=1.0, weights=weights, beta=beta, anchored=anchor is not None)
+    parts["mtp"] = (torch.stack([loss.total for loss in mtp]) * factor_K.to(mtp[0].total)).sum()
     if anchor is not None:  # as many rows as the first depth, and of its weight
         parts["mtp"] = parts["mtp"] + anchor.total * factor_K[0]
-    if mtp[0].total.requires_grad:
-        total = total + scale * parts["mtp"]
+    total = total + scale * parts["mtp"]
     return total, {name: part.detach() for name, part in parts.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,10 @@ from foretell.types import IGNORE_INDEX
 def decoded_tau(mtp: MTPModel, rows: Any, prompts: int, new_tokens: int) -> dict[str, float]:
     """tau, mean_accepted, accept_at_k and accept_given_k over the prompts of the first rows, decoded greedily.
 
-    rows: encoded (input_ids, labels); what stands before the first label is the prompt, of rows without one the first
-    half. Empty if there are none, or if they are a stream.
+    rows: encoded (input_ids, labels), a stream of them too; what stands before the first label is the prompt, of rows
+    without one the first half. Empty if there are none.
     """
-    if rows is None or not hasattr(rows, "__len__"):  # a stream has no first rows to come back to
-        return {}
-    found = [p for p in (prompt_of(rows[i]) for i in range(min(prompts, len(rows)))) if p]
+    found = [p for p in map(prompt_of, itertools.islice([] if rows is None else rows, prompts)) if p]
     if not found:
         return {}
     width = max(len(p) for p in found)
@@ -32,7 +31,7 @@ def decoded_tau(mtp: MTPModel, rows: Any, prompts: int, new_tokens: int) -> dict
     metrics = {"tau": stats.tau, "mean_accepted": stats.mean_accepted}
     metrics |= {f"accept_at_{k}": a for k, a in enumerate(stats.accept_at, start=1)}
     metrics |= {f"accept_given_{k}": a for k, a in enumerate(stats.accept_given, start=1)}
-    mtp.target.release()
+    mtp.release()
     return metrics
 
 

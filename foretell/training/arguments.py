@@ -1,0 +1,84 @@
+"""What the MTP objective is told: one set of fields, for MTPTrainingArguments and for TRL's SFTConfig alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision
+
+
+@dataclass
+class MTPArguments:
+    """Fields of the MTP objective. A trainer's own arguments inherit them, and may set other defaults."""
+
+    mtp_training_mode: GradientMode = field(
+        default="standalone", metadata={"help": "disabled, standalone (the target is untouched to the bit) or joint."}
+    )
+    mtp_supervision: Supervision = field(
+        default="labels",
+        metadata={
+            "help": f"What the depths learn from: {', '.join(get_args(Supervision))}. A teacher is the target itself; "
+            "student_forced learns of the module's own proposals what the target says of them."
+        },
+    )
+    mtp_loss: LossKind = field(default="ce", metadata={"help": "ce, kl, reverse_kl or tv; labels take ce only."})
+    mtp_loss_scaling_factor: float | None = field(
+        default=None, metadata={"help": "Weight of the MTP loss beside the next-token loss; 0.1 in joint, else 1."}
+    )
+    mtp_depth_weights: DepthWeights = field(
+        default="uniform",
+        metadata={"help": "uniform, harmonic, exponential, or rows (every counted prediction alike)."},
+    )
+    mtp_depth_beta: float = field(
+        default=0.6, metadata={"help": "Base of exponential depth weights (FastMTP: 0.6, Medusa: 0.8)."}
+    )
+    mtp_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the module; learning_rate without it (Medusa-2: four times that)."}
+    )
+    mtp_heads_first_steps: int = field(
+        default=0, metadata={"help": "Joint runs: steps in which only the module learns (Medusa-2's first stage)."}
+    )
+    mtp_target_loss: Literal["labels", "untouched"] = field(
+        default="labels",
+        metadata={"help": "The target learns the labels, or to stay what it is without its adapter (KL; PEFT only)."},
+    )
+    nonfinite_loss: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "A step whose loss or gradient is not finite: stop, or skip and count it."}
+    )
+    eval_prompts: int = field(
+        default=16, metadata={"help": "Prompts decoded at each evaluation to measure tau; 0: none."}
+    )
+    eval_new_tokens: int = field(default=64, metadata={"help": "New tokens of each of them."})
+
+    def problems(self) -> list[str]:
+        """What is wrong with these settings, in plain sentences."""
+        found = []
+        if self.mtp_supervision not in SOFT and self.mtp_loss != "ce":
+            found.append(
+                f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use ce."
+            )
+        if self.mtp_loss_scaling_factor is not None and self.mtp_loss_scaling_factor < 0:
+            found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted at least 0.")
+        mode = self.mtp_training_mode
+        if self.mtp_heads_first_steps and mode != "joint":
+            found.append(f"mtp_heads_first_steps: got mode {mode!r}, wanted joint, whose first stage it is.")
+        if self.mtp_target_loss == "untouched" and mode != "joint":
+            found.append(f"mtp_target_loss: got 'untouched' in mode {mode!r}, wanted joint.")
+        return found
+
+    @property
+    def trains_target(self) -> bool:
+        """Whether the target's own parameters learn."""
+        return self.mtp_training_mode != "standalone"
+
+    @property
+    def mtp_scale(self) -> float:
+        """Weight of the MTP loss."""
+        if self.mtp_loss_scaling_factor is not None:
+            return self.mtp_loss_scaling_factor
+        return 0.1 if self.mtp_training_mode == "joint" else 1.0
+
+    def weighing(self) -> dict[str, Any]:
+        """How depths weigh, as `coefficients` takes it."""
+        return {"weights": self.mtp_depth_weights, "beta": self.mtp_depth_beta}

@@ -279,6 +279,7 @@ def test_what_the_model_would_write_is_trained(name):
         assert trained({"prompt": CALLS[:3], "completion": CALLS[3:]}, tokenizer) == calls[1:]
 
 
+@pytest.mark.filterwarnings("ignore:The last tokens of a prompt merge")
 @pytest.mark.parametrize("name", CASES, ids=named)
 def test_the_last_answer_starts_where_generation_starts(name):
     # the oracle: the generation prompt's own tokens, then what is trained, up to the token that ends the turn
@@ -320,6 +321,20 @@ def test_marks_choose_and_what_is_prompted_is_never_trained():
     row = {"messages": TURNS}
     assert trained(row, tokenizer) == ["Two.<|im_end|>"]
     assert encode_row(row, tokenizer)["input_ids"] == tokenizer.apply_chat_template(TURNS)["input_ids"]
+
+
+def test_words_that_are_shown_behind_what_a_tool_said_are_refused():
+    tokens = (
+        ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|tool_response>", "<tool_response|>", "<tool_call|>"],
+        [],
+        "<eos>",
+    )
+    tokenizer = tokenizer_of("gemma4", tokens)
+    calls = [user("Hi?"), assistant("Well.", tool_calls=CALL), RESULT, assistant("Cold.")]
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template shows this answer out of order"):
+        encode_row({"messages": calls}, tokenizer)
+    calls[1] = assistant("", tool_calls=CALL)
+    assert trained({"messages": calls}, tokenizer)[1] == "Cold.<turn|>"
 
 
 def test_templates_that_want_arguments_as_text_or_no_missing_content():

@@ -86,7 +86,10 @@ class ChatTemplate:
                 raise ValueError("messages[0]: got an assistant turn, wanted a question or a system message before it")
             shown, behind = self._changing(text, messages, turn, template)
             start = self._start(text, messages, turn, before, shown, template)
-            if not before <= start <= behind:
+            # words beside a call may be shown behind what the tool said (Gemma-4)
+            said = turn + 1 < len(messages) and bool(messages[turn].get("content") and messages[turn].get("tool_calls"))
+            early = said and self._changing(text, messages, turn + 1, template)[0] < behind
+            if early or not before <= start <= behind:
                 raise ValueError(f"messages[{turn}]: the chat template shows this answer out of order; {_WANTED}")
             end, missing = self._end(text, messages, turn, behind, template)
             text, before = text + missing, behind

@@ -148,14 +148,14 @@ def sharding(trainer: MTPTrainer) -> dict[str, Any]:
     }
 
 
-def answers(folder: Path, prompts: int) -> list[list[int]]:
-    """What the target says to the first prompts, each process its share."""
+def answers(folder: Path, prompts: int) -> tuple[list[list[int]], int]:
+    """What the target says to the first prompts, each process its share; and how large this one's was."""
     rows = [
         {"input_ids": [at + 3, 5, 7][: 1 + at % 3], "labels": [IGNORE_INDEX] * (1 + at % 3)} for at in range(prompts)
     ]
     mtp = get_mtp_model(tiny_model(), {"method": "sequential", "depth": 1})
-    store, _ = regenerate(mtp, rows, None, folder, max_new_tokens=8, slots=2)
-    return [row["input_ids"] for row in store if bool(row["hidden_states"].abs().sum())]
+    store, stats = regenerate(mtp, rows, None, folder, max_new_tokens=8, slots=2)
+    return [row["input_ids"] for row in store if bool(row["hidden_states"].abs().sum())], len(stats.records)
 
 
 def worker(folder: Path) -> None:
@@ -310,6 +310,7 @@ def test_deepspeed_is_asked_for_by_transformers_own_words(tmp_path):
 
 
 def test_two_processes_answer_each_a_share_of_the_prompts(two, tmp_path):
-    wanted = answers(tmp_path, 11)
-    assert [json.loads((two / f"answers-{rank}.json").read_text()) for rank in range(PROCESSES)] == [wanted, wanted]
+    wanted, made = answers(tmp_path, 11)
+    said = [json.loads((two / f"answers-{rank}.json").read_text()) for rank in range(PROCESSES)]
+    assert made == len(wanted) == 11 and said == [[wanted, 3], [wanted, 3]]  # 5 of them were there
     assert not list((two / "answers").glob("share-*"))

@@ -154,6 +154,7 @@ class _Answering:
             "max_new_tokens": max_new_tokens,
             "eos_token_id": sorted(eos_ids(mtp, tokenizer)) or None,
             "return_dict_in_generate": True,
+            "use_cache": True,  # a model that was saved while it learned may say otherwise; the text is the same
         }
         if config.stop_strings:
             self.settings["tokenizer"] = tokenizer
@@ -165,7 +166,7 @@ class _Answering:
     ) -> GenerationStats | None:
         """Answer this process's share of the prompts that are not done; stats of what was made."""
         made: GenerationStats | None = None
-        batches = self._batches(prompts, done)[rank::world]
+        batches = self._batches(prompts, done, world)[rank::world]
         self.done = done | set(store.keys())
         with Progress("answers", total=sum(len(batch) for _, batch in batches), unit="answers") as bar:
             for number, batch in batches:
@@ -178,7 +179,7 @@ class _Answering:
                     made.records += stats.records
         return made
 
-    def _batches(self, prompts: list[tuple[str, list[int]]], done: set[str]) -> list[tuple[int, list]]:
+    def _batches(self, prompts: list[tuple[str, list[int]]], done: set[str], world: int) -> list[tuple[int, list]]:
         """Prompts that are answered in one run, under the number that seeds what they draw.
 
         What is drawn depends on who is drawn beside it: such batches are the same in every run, and one of which
@@ -188,7 +189,8 @@ class _Answering:
         for key, prompt in prompts:
             if self.samples or key not in done:
                 groups.setdefault(0 if self.pads else len(prompt), []).append((key, prompt))
-        size = self.slots if self.samples else BATCH
+        missing = sum(len(group) for group in groups.values())
+        size = self.slots if self.samples else max(1, min(BATCH, -(-missing // world)))
         cut = [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
         return [(number, batch) for number, batch in enumerate(cut) if any(key not in done for key, _ in batch)]
 

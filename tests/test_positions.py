@@ -165,7 +165,9 @@ def test_nothing_depends_on_what_was_read_before_nor_is_left_behind(kind):
     mtp(input_ids=first[None])
     assert state() == before
     model.generate(first[None], max_new_tokens=12, do_sample=False)  # leaves its frequencies there
+    key = mtp.target._copy.key
     assert ours(mtp, [second]) == wanted[1:]
+    assert mtp.target._copy.key == key, "what a rotary module remembers makes no copy stale"
 
 
 def test_spans_and_kept_states_follow_a_text_that_is_read_anew(tmp_path):

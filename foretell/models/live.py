@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
+from foretell.models.rotary import turns_by_length
+
 _STANDARD = frozenset(nn.Module().__dict__)
 # of a model, but nothing that its forward reads; the masks are ours
 _OTHER = {"prepare_inputs_for_generation", "generation_config", "foretell_masks", "foretell_comb"}
@@ -54,6 +56,8 @@ def signature(module: nn.Module) -> tuple[tuple, tuple]:
     places: list[int] = []
     configs: set[int] = set()
     for part in _parts(module):
+        if turns_by_length(part):  # it remembers the longest text; what stands in for it asks it anew each time
+            continue
         own = [part, type(part), type(part).forward, tuple(part._modules)]
         hooks = [tuple(getattr(part, kind)) for kind in _HOOKS if getattr(part, kind)]
         plain = [

@@ -11,6 +11,7 @@ new model, alone with it, would have read it. The live module is asked, in copie
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretell.models.live import OfThread
 
-
-class TextLengths(OfThread):
+class TextLengths(threading.local):
     """How long the text of each row is that this thread turns now; None: as long as the forward's largest position."""
 
     rows_BR: Tensor | None = None
@@ -51,7 +50,7 @@ def turns_by_length(part: nn.Module) -> bool:
 
 def _borders(part: nn.Module) -> dict[int, bool]:
     """{length up to which frequencies stay as they are: whether every length beyond has its own}."""
-    kinds, found = getattr(part, "rope_type", None), {}
+    kinds, found = part.__dict__.get("rope_type"), {}
     for layer_type, kind in kinds.items() if isinstance(kinds, dict) else ((None, str(kinds)),):
         if "dynamic" in kind:
             found[part.original_max_seq_len] = True

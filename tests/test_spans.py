@@ -261,7 +261,7 @@ def test_no_mask_is_kept():
             first = sequence.slot * self.cache.capacity
             kept[sequence.index] = sequence.tokens[: sequence.cached], columns(self.cache, first, sequence.cached)
 
-        return plain(self, *args, leave=leave, **kwargs)
+        return plain(self, *args, **{**kwargs, "leave": leave})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "run", spy)

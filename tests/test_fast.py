@@ -285,10 +285,11 @@ def random_layer(name: str = "qwen3") -> nn.Module:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_layer_is_fused_only_where_the_numbers_agree(name, monkeypatch):
+def test_a_layer_is_fused_only_where_the_numbers_agree(name, dtype, monkeypatch):
     def fused() -> FusedLayer | None:
-        return fast._fused_layer(random_layer(name), fast.Rotation())
+        return fast._fused_layer(random_layer(name).to(dtype), fast.Rotation())
 
     assert fused() is not None
     plus, turn = PackedLinear.plus, fast.Rotation.of
@@ -296,7 +297,7 @@ def test_a_layer_is_fused_only_where_the_numbers_agree(name, monkeypatch):
         "a residual left out": (PackedLinear, "plus", lambda self, x, residual: self(x)),
         "a factor of two": (PackedLinear, "plus", lambda self, x, residual: 2 * plus(self, x, residual)),
         "turned the other way": (fast.Rotation, "of", lambda self, cos, sin: turn(self, cos, -sin)),
-        "not turned": (fast.Rotation, "of", lambda self, cos, sin: torch.ones_like(turn(self, cos, sin))),
+        "not turned": (fast.Rotation, "of", lambda self, cos, sin: turn(self, torch.ones_like(cos), 0 * sin)),
         "zeros": (PackedLinear, "forward", lambda self, x: x.new_zeros(*x.shape[:-1], self.out_features)),
     }
     for where, attribute, instead in wrong.values():

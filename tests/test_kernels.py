@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tiny import tiny_model
 from torch import Tensor, nn
 
-from foretell.models import kernels
+from foretell.models import fast, kernels
+from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.kernels import PLAIN, ROWS, Measured, choose, settle
 from foretell.models.linears import DOUBLED, PACKED, TRANSPOSED, FusedRMSNorm, PackedLinear, fused_norm
@@ -314,6 +315,34 @@ def test_norms_round_as_the_model_rounds(name, dtype):
     if dtype == torch.bfloat16:  # the other order of roundings is seen
         other = FusedRMSNorm(norm.weight if name == "gemma2" else norm.weight.float(), fused.eps, not fused.rounded)
         assert float((other(x) != wanted).float().mean()) > 0.05
+
+
+@packable
+@pytest.mark.parametrize("winner", [PLAIN, PACKED])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_bf16_layer_rounds_as_the_model_rounds(monkeypatch, name, winner):
+    taking(monkeypatch, dict.fromkeys((PLAIN, PACKED, TRANSPOSED, DOUBLED), [9.0] * 8) | {winner: FLAT})
+    model = tiny_model(name, spread=1.5).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms of ones and biases of zeros would hide a wrong order
+            if parameter.dim() == 1:
+                parameter.add_(torch.linspace(-0.3, 0.4, len(parameter)).to(torch.bfloat16))
+    layer, rotation, masks = model.model.layers[0], fast.Rotation(), RowMasks()
+    fused, plain = fast._fused_layer(layer, rotation), fast.attending_copy(layer)
+    settle(fused)
+    assert isinstance(fused, fast.FusedLayer) and set(fused.o.kept) == {winner} - {PLAIN}
+    masks.begin_text(torch.zeros(2, 7, dtype=torch.long))
+    masks.hang_on(plain)
+    masks.hang_on(fused)
+    x_BRD, positions = torch.randn(2, 7, 32).bfloat16(), torch.arange(7).expand(2, 7)
+    places = model.model.rotary_emb(x_BRD, positions)
+    with torch.no_grad():
+        wanted = plain(x_BRD, attention_mask=None, position_embeddings=places, position_ids=positions)
+        got = fused(x_BRD, position_embeddings=places)
+    assert float((got != wanted).float().mean()) < 0.01, "sums of products in another order change a few last bits"
+    for norm in (fused.qkv.norm, fused.gate_up.norm):
+        norm.rounded = False  # the other order of roundings is seen
+    assert float((fused(x_BRD, position_embeddings=places) != wanted).float().mean()) > 0.03
 
 
 def test_the_clock_itself():

@@ -355,14 +355,14 @@ def test_what_is_trained_is_what_drafts_in_every_architecture(name, drafted):
 
 
 def test_what_is_trained_is_what_drafts_in_other_precisions(drafted):
-    """No packed weights there: the model's own layers, with the adapters' products added."""
+    """In fp64 no packed weights: the model's own layers, with the adapters' products added."""
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1)):
         drafted.clear()
         mtp = knowing(copy.deepcopy(target()).to(dtype), noise=0.6)
         inputs = prompts(11, 6, 14)
         out = run(mtp, inputs, max_new_tokens=16, draft_layout="quadratic")
-        assert not any(isinstance(part, FusedLayer) for part in mtp.target.view().modules())
         if dtype == torch.float64:
+            assert not any(isinstance(part, FusedLayer) for part in mtp.target.view().modules())
             assert out.sequences.tolist() == reference(mtp.model, inputs, max_new_tokens=16).tolist()
             check_drafts(mtp, drafted, "quadratic", tolerance)
         else:  # two orders of rounding to 8 bits: most choices are the same

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from foretell.models.attention import NAME, RowMasks, foretell_attention
 from foretell.models.gated_lora import GatedAdapters, GatedLinear, RowAdapter
 from foretell.models.kernels import settle
-from foretell.models.linears import PACKABLE, FusedRMSNorm, NormedLinear, PackedLinear, fused_norm
+from foretell.models.linears import PACKABLE, NormedLinear, PackedLinear, fused_norm
 from foretell.models.live import OfThread, Swap, digest, shallow, signature, surroundings, untouched
 from foretell.models.slot_cache import CACHE_NAMES
 
@@ -46,27 +46,27 @@ def _can_pack(module: nn.Module) -> bool:
 
 
 class Rotation(OfThread):
-    """cos + i sin of the step's positions, made once a step from what transformers hands to every layer."""
+    """cos, and sin with the sign that turns, of the step's positions, made once a step from what transformers hands to
+    every layer.
+    """
 
     def __init__(self) -> None:
         self._cos: Tensor | None = None
 
-    def of(self, cos_BRE: Tensor, sin_BRE: Tensor) -> Tensor:
-        """[B, R, 1, E / 2]: both halves of cos and sin are the same."""
+    def of(self, cos_BRE: Tensor, sin_BRE: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, R, 1, E] each: x cos + (x with its halves exchanged) sin."""
         if self._cos is not cos_BRE:
-            half = cos_BRE.shape[-1] // 2
+            first, second = sin_BRE.chunk(2, dim=-1)
             self._cos = cos_BRE
-            # float: a bf16 target hands bf16 angles to an fp32 module
-            self._turn = torch.complex(cos_BRE[..., :half].float(), sin_BRE[..., :half].float())[:, :, None]
+            self._turn = cos_BRE[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
         return self._turn
 
 
 class FusedLayer(nn.Module):
     """A plain decoder layer in about twenty operations: queries, keys and values from one product, as gate and up.
 
-    The two halves of a query and a key that are turned together lie side by side here (an order of the rows of our
-    copies of the weights, which no product of a query with a key can see), so that turning is one complex product.
-    Its slow twin is the layer it stands for: `_fused_layer` compares them before it is used, the tests again.
+    Numbers narrower than fp32 are rounded where the layer rounds them. Its slow twin is the layer it stands for:
+    `_fused_layer` compares them before it is used, the tests again.
     """
 
     def __init__(self, layer: nn.Module, rotation: Rotation) -> None:
@@ -75,22 +75,18 @@ class FusedLayer(nn.Module):
         self.rotation = rotation
         norms = fused_norm(layer.input_layernorm), fused_norm(layer.post_attention_layernorm)
         self.E = E = attention.head_dim
-        order_E = torch.arange(E).view(2, E // 2).t().reshape(-1)
-        self.q_norm, self.k_norm = (_norm_in_order(getattr(attention, n, None), order_E) for n in ("q_norm", "k_norm"))
-        self.has_qk_norm = self.q_norm is not None
+        self.has_qk_norm = hasattr(attention, "q_norm")
+        if self.has_qk_norm:
+            self.q_norm, self.k_norm = fused_norm(attention.q_norm), fused_norm(attention.k_norm)
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         self.Hq, self.H = q.out_features // E, k.out_features // E
-        order_N = (torch.arange(self.Hq + self.H)[:, None] * E + order_E).reshape(-1)
-        qk = torch.cat([q.weight.detach(), k.weight.detach()])[order_N]
-        qk_bias = None if q.bias is None else torch.cat([q.bias.detach(), k.bias.detach()])[order_N]
-        self.qkv = NormedLinear(norms[0], PackedLinear([qk, v.weight], [qk_bias, v.bias]))
+        self.qkv = NormedLinear(norms[0], PackedLinear.of(q, k, v))
         self.o = PackedLinear.of(attention.o_proj)
         self.gate_up = NormedLinear(norms[1], PackedLinear.of(mlp.gate_proj, mlp.up_proj))
         self.down, self.act = PackedLinear.of(mlp.down_proj), mlp.act_fn
         self.place = nn.Module()  # what the attention function asks its module for; the masks are hung on it
         self.place.layer_idx = self.layer = attention.layer_idx
         self.scaling, self.window = attention.scaling, PLAIN_LAYERS[type(layer).__name__](attention)
-        self.order_N = order_N
         self.gate: GatedAdapters | None = None  # adapters of mask rows, where a masked module has given some
         self.added: dict[str, RowAdapter] = {}
         # straight to the functions: at one row, calling through nn.Module costs as much as a small operation
@@ -112,10 +108,7 @@ class FusedLayer(nn.Module):
             paths = [f"{path}.{place}.{name}_proj" for name in outs]
             if any(one in adapters.of for one in paths):
                 self.gate = adapters
-                self.added[product] = RowAdapter(adapters, paths, list(outs.values()))
-        if "qkv" in self.added:
-            B = self.added["qkv"].B
-            B[: len(self.order_N)] = B[self.order_N]
+                self.added[product] = RowAdapter(adapters, paths, list(outs.values())).to(self.o.weight.dtype)
 
     def _add(self, product: str, out: Tensor, x_nD: Tensor) -> None:
         if product in self.added:
@@ -141,8 +134,10 @@ class FusedLayer(nn.Module):
         if self.has_qk_norm:
             qkv[:, :, :Hq] = self.q_norm(qkv[:, :, :Hq])
             qkv[:, :, Hq : Hq + H] = self.k_norm(qkv[:, :, Hq : Hq + H])
-        pairs = torch.view_as_complex(qkv[:, :, : Hq + H].view(B, R, Hq + H, E // 2, 2))
-        pairs.mul_(self.rotation.of(*position_embeddings))
+        cos_BR1E, sin_BR1E = self.rotation.of(*position_embeddings)
+        turned = qkv[:, :, : Hq + H]
+        exchanged = turned.roll(E // 2, -1).mul_(sin_BR1E)
+        turned.mul_(cos_BR1E).add_(exchanged)
         query = qkv[:, :, :Hq].transpose(1, 2)
         cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
         if cache is not None:
@@ -167,11 +162,6 @@ class FusedLayer(nn.Module):
         return out
 
 
-def _norm_in_order(norm: nn.Module | None, order_E: Tensor) -> nn.Module | None:
-    fused = None if norm is None else fused_norm(norm)
-    return None if fused is None else FusedRMSNorm(fused.weight[order_E], fused.eps, fused.rounded)
-
-
 def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     """The fused twin of a plain layer, or None: another kind, adapters, hooks, or other numbers."""
     if type(layer).__name__ not in PLAIN_LAYERS or not untouched(layer):
@@ -179,23 +169,25 @@ def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     linears += [getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")]
-    if not all(_plain_linear(m) and m.weight.dtype == torch.float32 for m in linears):
+    if not all(_plain_linear(m) for m in linears) or len({m.weight.dtype for m in linears}) > 1:
         return None
     norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     if any(fused_norm(norm) is None for norm in (layer.input_layernorm, layer.post_attention_layernorm, *norms)):
         return None
-    fused, plain = FusedLayer(layer, rotation), attending_copy(layer)
+    fused, plain, dtype = FusedLayer(layer, rotation), attending_copy(layer), linears[0].weight.dtype
     masks = RowMasks()
     masks.begin_text(torch.zeros(1, 5, dtype=torch.long))
     masks.hang_on(plain)
     fused.place.__dict__["foretell_masks"] = masks
-    probe_BRD = torch.linspace(-2, 3, 5 * linears[0].in_features, dtype=torch.float32).sin().view(1, 5, -1)
+    probe_BRD = torch.linspace(-2, 3, 5 * linears[0].in_features, dtype=torch.float32).sin().view(1, 5, -1).to(dtype)
     angle_E = torch.linspace(0.1, 1, fused.E // 2, dtype=torch.float32).repeat(2)
     angle_BRE = torch.arange(5)[None, :, None] * angle_E
-    call = {"position_embeddings": (angle_BRE.cos(), angle_BRE.sin()), "position_ids": torch.arange(5)[None]}
+    places = angle_BRE.cos().to(dtype), angle_BRE.sin().to(dtype)
+    call = {"position_embeddings": places, "position_ids": torch.arange(5)[None]}
     with torch.no_grad():
         wanted, got = plain(probe_BRD, attention_mask=None, **call), fused(probe_BRD, **call)
-    return fused if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())) else None
+    near = 1e-4 if dtype == torch.float32 else 2e-2
+    return fused if torch.allclose(got, wanted, rtol=near, atol=near * float(wanted.abs().max())) else None
 
 
 def _plain_linear(part: nn.Module) -> bool:

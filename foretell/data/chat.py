@@ -84,8 +84,8 @@ class ChatTemplate:
                 continue
             if turn == 0:
                 raise ValueError("messages[0]: got an assistant turn, wanted a question or a system message before it")
-            shown, behind = self._changing(text, messages, turn, template)
-            start = self._start(text, messages, turn, before, shown, template)
+            behind = self._changing(text, messages, turn, template)[1]
+            start = self._start(text, messages, turn, before, template)
             # words beside a call may be shown behind what the tool said (Gemma-4)
             said = turn + 1 < len(messages) and bool(messages[turn].get("content") and messages[turn].get("tool_calls"))
             early = said and self._changing(text, messages, turn + 1, template)[0] < behind
@@ -105,7 +105,7 @@ class ChatTemplate:
     def start(self, text: str, messages: Messages, turn: int, **template: Any) -> int:
         """Where messages[turn] starts in the text of the whole conversation: behind what asks for it."""
         messages = self._accepted(messages, False, template)
-        return self._start(text, messages, turn, 0, self._changing(text, messages, turn, template)[0], template)
+        return self._start(text, messages, turn, 0, template)
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> Iterator[tuple[list[int], list[int]]]:
         """Token ids of rendered texts, and 1 on every token of their spans, those on a border too."""
@@ -132,7 +132,7 @@ class ChatTemplate:
                 mask[begin:behind] = [1] * (behind - begin)
             yield ids, mask
 
-    def _start(self, text: str, messages: Messages, turn: int, before: int, shown: int, template: dict) -> int:
+    def _start(self, text: str, messages: Messages, turn: int, before: int, template: dict) -> int:
         """Where an answer starts: behind what the template writes to ask for it."""
         try:
             context = messages[:turn]
@@ -142,23 +142,20 @@ class ChatTemplate:
             asked = self._render(context, True, template)
         if text.startswith(asked):
             return len(asked)
-        # the context is rendered otherwise once more follows (reasoning is left out), or the answer opens otherwise
-        # than it was asked for: then the header is looked for in front of the answer, whole or as far as it is there
-        header = asked[_shared(self._render(context, False, template), asked) :]
+        # the context is rendered otherwise once more follows (reasoning is left out, instructions move), or the answer
+        # opens otherwise than it was asked for: then it starts behind as much of what stands between the last message's
+        # words and the answer as both share, which must be more than what closes that message
+        header = len(asked) - _shared(self._render(context, False, template), asked)
+        tail = asked[self._changing(asked, context, len(context) - 1, template, True)[1] :]
         before = max(before, self._changing(text, messages, turn - 1, template)[1])
-        at = text.find(header, before, shown + len(header)) if header else -1
-        if at >= 0:
-            return at + len(header)
-        for end in sorted((match.end() for match in self._pieces(header)), reverse=True):
-            if (at := text.find(header[:end], before, shown)) >= 0:
-                return at + end
-        if not header and not messages[turn].get("tool_calls"):
-            return shown  # DeepSeek: nothing stands between a tool's result and the answer
-        found = text[max(before, shown - 60) : shown]
-        raise ValueError(
-            f"messages[{turn}]: the chat template asks for this answer with {header[-60:]!r}, and nothing like it "
-            f"stands before the answer in the whole conversation ({found!r}); {_WANTED}"
-        )
+        same = _shared(tail, text[before : before + len(tail)])
+        same = max((match.end() for match in self._pieces(tail) if match.end() <= same), default=0)
+        if same < len(tail) and same <= len(tail) - header:
+            raise ValueError(
+                f"messages[{turn}]: the chat template asks for this answer with {tail[-60:]!r}, and nothing like it "
+                f"stands before the answer in the whole conversation ({text[before : before + 60]!r}); {_WANTED}"
+            )
+        return before + same
 
     def _end(self, text: str, messages: Messages, turn: int, behind: int, template: dict) -> tuple[int, str]:
         """Where the turn ends whose answer ends at `behind`, and what has to be appended for that."""
@@ -209,9 +206,9 @@ class ChatTemplate:
         found = (re.search(re.escape(eos), text) if eos else None) or self._special.search(text)
         return found or (self._added.search(text) if others else None)
 
-    def _changing(self, text: str, messages: Messages, turn: int, template: dict) -> Span:
-        """The part of the text that changes with what this message says."""
-        other = self._render([*messages[:turn], _changed(messages[turn]), *messages[turn + 1 :]], False, template)
+    def _changing(self, text: str, messages: Messages, turn: int, template: dict, asked: bool = False) -> Span:
+        """The part of the text that changes with what this message says; asked: the text ends with what asks."""
+        other = self._render([*messages[:turn], _changed(messages[turn]), *messages[turn + 1 :]], asked, template)
         if text == other:
             raise ValueError(f"messages[{turn}]: the chat template does not show this message; {_WANTED}")
         start = _shared(text, other)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from foretell.data.cache import HiddenStore
+from foretell.data.formats import load_rows
 from foretell.data.collate import MTPCollator
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
@@ -550,8 +551,9 @@ def test_kept_states_are_used_only_where_they_are_the_targets(tmp_path, capsys):
     alone = make("own", tiny_model(), tmp_path, "standalone", data=kept, **SGD)
     alone.mtp.model.model.forward = None  # not asked
     alone.train()
-    with pytest.raises(ValueError, match="states of another target .*weights: kept"):
-        make("own", tiny_model(seed=3), tmp_path, "standalone", data=kept)
+    for rows_of in (kept, load_rows(kept)):
+        with pytest.raises(ValueError, match="states of another target .*weights: kept"):
+            make("own", tiny_model(seed=3), tmp_path, "standalone", data=rows_of)
     with pytest.raises(ValueError, match="hidden_source: kept 'pre_norm', here 'post_norm'"):
         make("own", tiny_model(), tmp_path, "standalone", data=store(mtp, tmp_path / "pre", hidden_source="pre_norm"))
     with pytest.raises(ValueError, match="states of another target"):

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from foretell.data.cache import HiddenStore
 from foretell.data.collate import MTPCollator, pack, to_batch
-from foretell.data.formats import load_rows
+from foretell.data.formats import Rows, load_rows
 from foretell.data.prompts import encode_rows
 from foretell.methods.base import REREADS
 from foretell.models.target import Target
@@ -260,6 +260,7 @@ def _check_store(rows: Any, args: MTPTrainingArguments, model: MTPModel, what: s
     """Kept states are those of one target, taken in one place: ValueError for others. A target that learns is read
     anew.
     """
+    rows = rows.source if isinstance(rows, Rows) else rows
     if not isinstance(rows, HiddenStore) or rows.width is None or not model.module.reads_states:
         return
     if args.trains_target:

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from foretell.data.cache import HiddenStore
-from foretell.data.formats import load_rows
 from foretell.data.collate import MTPCollator
+from foretell.data.formats import load_rows
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.trl import SFTConfig, SFTTrainer

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +40,65 @@ METHODS: dict[str, Callable[[], MTPModel]] = {
 def say(model: Any, inputs: dict[str, Tensor], **settings: Any) -> list[list[int]]:
     settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24, **settings}
     return model.generate(**inputs, **settings).tolist()
+
+
+# -- calls beside each other -------------------------------------------------------------------------------------------
+
+
+def beside(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What the calls give when each runs in a thread of its own, all at once."""
+    got: list[Any] = [None] * len(calls)
+    start = threading.Barrier(len(calls))
+
+    def work(i: int) -> None:
+        start.wait()
+        try:
+            got[i] = calls[i]()
+        except Exception as error:
+            got[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads(method):
+    """Batches of other sizes and lengths, lookup, drafting off, "auto", sampling: each as if it were alone."""
+    mtp = METHODS[method]()
+    mtp.release()
+    inputs = [prompts(9), prompts(4, 12, 7), prompts(20, 3, seed=5), prompts(6, 6, 6, 6, 6, seed=6)]
+    wanted = [say(mtp.model, one) for one in inputs]
+    how: list[dict[str, Any]] = [
+        {"num_draft_tokens": 3},
+        {"num_draft_tokens": "auto", "slots": 2},
+        {"num_draft_tokens": 2, "drafter": "mtp+lookup"},
+        {"num_draft_tokens": 0},
+    ]
+    for turn in range(2):
+        order = [(turn + i) % 4 for i in range(4)]
+        got = beside([lambda i=i, k=k: say(mtp, inputs[i], **how[k]) for i, k in enumerate(order)])
+        assert got == wanted
+    assert len(mtp._workspaces._free) <= 4
+
+    def drawn(i: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(i)
+        method = "probabilistic" if i % 2 else "greedy"
+        return say(mtp, inputs[i], do_sample=True, num_draft_tokens=3, generator=generator, draft_sample_method=method)
+
+    alone = [drawn(i) for i in range(4)]
+    assert beside([lambda i=i: drawn(i) for i in range(4)]) == alone != wanted
+
+
+def test_threads_and_a_release_in_the_middle():
+    mtp, inputs = METHODS["sequential"](), [prompts(9), prompts(4, 12, 7), prompts(20, 3, seed=5)]
+    wanted = [say(mtp.model, one) for one in inputs]
+    got = beside([*(lambda one=one: say(mtp, one, num_draft_tokens=3) for one in inputs), mtp.release])
+    assert got == [*wanted, None]
+    assert [say(mtp, one, num_draft_tokens=3) for one in inputs] == wanted
 
 
 # -- calls inside calls, and calls that break --------------------------------------------------------------------------
@@ -173,6 +235,34 @@ def test_a_seeded_call_draws_from_its_generator_alone(method):
         told.append(say(mtp, prompts(9, 4), num_draft_tokens=3, **how))
         assert torch.equal(torch.get_rng_state(), before)
     assert told[0] == told[1]
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def saved(mtp: MTPModel) -> MTPModel:
+    buffer = io.BytesIO()
+    torch.save(mtp, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+def test_a_copy_after_a_call_decodes_the_same_and_shares_no_state(method, copied):
+    mtp, inputs = METHODS[method](), prompts(9, 4)
+    first = run(mtp, inputs, max_new_tokens=24, num_draft_tokens=3)
+    other = copied(mtp)
+    assert other._workspaces is not mtp._workspaces and not other._workspaces._free
+    out = run(other, inputs, max_new_tokens=24, num_draft_tokens=3)
+    assert out.sequences.tolist() == first.sequences.tolist() and out.stats.accepted == first.stats.accepted
+    shared = {p.data_ptr() for p in mtp.parameters()} & {p.data_ptr() for p in other.parameters()}
+    assert not shared and other.target.model is other.model
+    with torch.no_grad():  # the copy's weights are its own, in what decodes too
+        other.model.get_output_embeddings().weight.copy_(-other.model.get_output_embeddings().weight)
+    changed = say(other.model, inputs)
+    assert say(other, inputs, num_draft_tokens=3) == changed != say(mtp.model, inputs)
+    assert say(mtp, inputs, num_draft_tokens=3) == say(mtp.model, inputs)
 
 
 # -- drafters of one's own ---------------------------------------------------------------------------------------------

@@ -83,6 +83,23 @@ class HeadsConfig(MTPConfig):
         return HeadsModule(self, target)
 
 
+class _Borrowed:
+    """Another module's part. Copied or pickled together with its owner, it is the copy's part; else the same one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = weakref.ref(part)
+
+    def __call__(self) -> nn.Module | None:
+        return self.part()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Borrowed:
+        part = self.part()
+        return _Borrowed(memo.get(id(part), part))
+
+    def __reduce__(self) -> Any:
+        return _Borrowed, (self.part(),)
+
+
 class HeadsModule(MTPModule):
     """One MTPHead a depth."""
 
@@ -109,7 +126,7 @@ class HeadsModule(MTPModule):
         # medusa's output matrices are always copies; the target's own is read here once, and again when the draft
         # vocabulary is chosen, before anything was trained
         self.copies = not self.shared and (config.init_strategy == "copy_lm_head" or config.head_type == "medusa")
-        self._target_head = weakref.ref(target.head)  # not a part of this module, nor of its copies
+        self._target_head = _Borrowed(target.head)  # not a part of this module
         self._copy_head()
 
     @torch.no_grad()

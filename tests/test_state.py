@@ -78,7 +78,7 @@ def test_threads(method):
         {"num_draft_tokens": 2, "drafter": "mtp+lookup"},
         {"num_draft_tokens": 0},
     ]
-    for turn in range(2):
+    for turn in range(2):  # the second with the first one's workspaces, in other threads
         order = [(turn + i) % 4 for i in range(4)]
         got = beside([lambda i=i, k=k: say(mtp, inputs[i], **how[k]) for i, k in enumerate(order)])
         assert got == wanted
@@ -86,8 +86,10 @@ def test_threads(method):
 
     def drawn(i: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(i)
-        method = "probabilistic" if i % 2 else "greedy"
-        return say(mtp, inputs[i], do_sample=True, num_draft_tokens=3, generator=generator, draft_sample_method=method)
+        settings = {"draft_sample_method": "probabilistic" if i % 2 else "greedy", "num_draft_tokens": 3}
+        if method == "masked":  # of a fixed layout: "auto" follows the clock
+            settings["draft_layout"] = "quadratic"
+        return say(mtp, inputs[i], do_sample=True, generator=generator, **settings)
 
     alone = [drawn(i) for i in range(4)]
     assert beside([lambda i=i: drawn(i) for i in range(4)]) == alone != wanted
@@ -374,8 +376,10 @@ def test_growth_in_the_middle_of_a_run(monkeypatch):
         for settings in ({}, {"drafter": tree}, {"drafter": "mtp+lookup"}, {"num_draft_tokens": "auto"}):
             settings = {"num_draft_tokens": 3, "slots": 3, **settings}
             assert run(mtp, inputs, max_new_tokens=30, **settings).sequences.tolist() == wanted.tolist()
+        mtp.target.refresh()
         mtp.target.static = StaticSteps(mtp.target.forward_static, replayed=False)
         out = run(mtp, inputs, max_new_tokens=30, num_draft_tokens=0, slots=3)
+        assert mtp.target.static is not None
         assert out.sequences.tolist() == wanted.tolist()
 
 

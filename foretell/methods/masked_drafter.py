@@ -137,7 +137,7 @@ class MaskedDrafter(ChainDrafter):
 
     def _seed_noise(self) -> None:
         assert self.target.mask_rows is not None, "a masked module has given the target its mask rows"
-        self.target.mask_rows.generator = self._noise if self.generator is None else self.generator
+        self.target.mask_rows.adapters.now.generator = self._noise if self.generator is None else self.generator
 
     def _limit(self, sequence: SequenceState) -> int:
         states_KD = self._states[sequence.slot]

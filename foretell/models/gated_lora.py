@@ -64,9 +64,10 @@ class LoRA(nn.Module):
 
 
 class _Rows(OfThread):
-    """What a forward tells the adapters that it meets."""
+    """What a forward tells the adapters and the masks that it meets."""
 
     rows: Tensor | slice | None = None
+    generator: torch.Generator | None = None  # of noise
 
 
 class GatedAdapters(nn.Module):
@@ -177,7 +178,6 @@ class MaskRows(nn.Module):
         """gated: False lets every row through the adapters, text as well."""
         super().__init__()
         self.kind, self.depth, self.adapters, self.gated = kind, depth, adapters, gated
-        self.generator: torch.Generator | None = None  # of noise, while somebody decodes with a seed of his own
         self._tokens = [embed_tokens]  # in a list: the target's, not a part of this module
         self.embedding: nn.Parameter | None = None
         if kind != "noise":
@@ -190,7 +190,9 @@ class MaskRows(nn.Module):
         """The rows' embeddings, with the masks' own where steps_BR is not 0 (mask j of a block)."""
         if self.embedding is None:
             tokens = self._tokens[0].weight.shape[0]
-            ids_BR = torch.randint(tokens, steps_BR.shape, generator=self.generator, device=steps_BR.device)
+            ids_BR = torch.randint(
+                tokens, steps_BR.shape, generator=self.adapters.now.generator, device=steps_BR.device
+            )
             own_BRD = self._tokens[0](ids_BR)
         else:
             at_BR = (steps_BR - 1).clamp(min=0) if len(self.embedding) > 1 else torch.zeros_like(steps_BR)

@@ -10,9 +10,11 @@ which also runs on a CPU, where tests hold it against the ordinary forward.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from foretell.models.slot_cache import SlotCache
 
 COLUMNS = 128  # visible columns are rounded up to a multiple of this
 MOST_ROWS = 256  # of all sequences together: larger steps keep a GPU busy as they are
+_RECORDING = threading.Lock()  # one graph is recorded at a time
+_Key = tuple[int, int, int, bool]  # sequences, rows, columns, whether there is a tree
 
 
 @dataclass
@@ -41,9 +45,8 @@ class StaticSteps:
 
     def __init__(self, forward: Callable[..., Any], replayed: bool) -> None:
         self.forward, self.replayed = forward, replayed
-        self._cache: SlotCache | None = None
-        self._layout = 0
-        self._steps: dict[tuple[int, int, int, bool], _Step] = {}
+        # recorded kernels write into one cache's storage, as it was laid out: (layout, steps) of each cache in use
+        self._of: WeakKeyDictionary[SlotCache, tuple[int, dict[_Key, _Step]]] = WeakKeyDictionary()
 
     def takes(self, sequences: int, rows: int) -> bool:
         """Whether a step of this size is worth recording."""
@@ -63,14 +66,14 @@ class StaticSteps:
         """The forward's states; they are overwritten by the next step of the same shape."""
         B, R = ids_BR.shape
         cache.reserve(cache.slots, visible)
-        if cache is not self._cache or cache.layout != self._layout:  # recorded kernels write where its storage was
-            self._cache, self._steps = cache, {}
+        layout, steps = self._of.get(cache, (None, {}))
+        steps = steps if layout == cache.layout else {}
         sequences = min(1 << (B - 1).bit_length(), cache.slots)
         columns = min(-(-visible // COLUMNS) * COLUMNS, cache.capacity)
         key = (sequences, R, columns, parents_BR is not None)
-        step = self._steps.get(key)
+        step = steps.get(key)
         if step is None:
-            step = self._steps[key] = self._make(ids_BR, cache, key)
+            step = steps[key] = self._make(ids_BR, cache, key)
         # padding sequences have no valid row: what they compute goes to the cache's spare row
         step.valid_rows_B.zero_()
         step.valid_rows_B[:B] = R if valid_rows_B is None else valid_rows_B
@@ -80,11 +83,11 @@ class StaticSteps:
         if step.parents_BR is not None:
             step.parents_BR[:B] = parents_BR
         step.run()
-        self._layout = cache.layout  # a first step has made the storage
+        self._of[cache] = (cache.layout, steps)  # a first step has made the storage
         return step.out
 
-    def _make(self, like_BR: Tensor, cache: SlotCache, key: tuple[int, int, int, bool]) -> _Step:
-        B, R, columns, tree = key
+    def _make(self, like_BR: Tensor, cache: SlotCache, key: _Key) -> _Step:
+        (B, R, columns, tree), at = key, ref(cache)
 
         def buffer(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=like_BR.device)
@@ -93,7 +96,7 @@ class StaticSteps:
 
         def python() -> None:
             step.out = self.forward(
-                step.ids_BR, step.lengths_B, step.positions_BR, step.parents_BR, step.valid_rows_B, columns, cache
+                step.ids_BR, step.lengths_B, step.positions_BR, step.parents_BR, step.valid_rows_B, columns, at()
             )
 
         step.run = python
@@ -110,6 +113,6 @@ class StaticSteps:
                 python()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on meanwhile
             python()
         return graph.replay

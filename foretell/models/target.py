@@ -564,11 +564,12 @@ class Target:
         B, R = input_ids_BR.shape
         if position_ids_BR is None:
             position_ids_BR = lengths_B[:, None] + torch.arange(R, device=lengths_B.device)
-        if self.static is None and self.device.type == "cuda" and self._can_be_recorded():
-            self.static = StaticSteps(self.forward_static, replayed=True)
-        if self.static is not None and first == 0 and steps_BR is None and self.static.takes(B, R):
+        static = self.static
+        if static is None and self.device.type == "cuda" and self._can_be_recorded():
+            static = self.static = StaticSteps(self.forward_static, replayed=True)
+        if static is not None and first == 0 and steps_BR is None and static.takes(B, R):
             self.view()
-            rows = self.static(
+            rows = static(
                 input_ids_BR,
                 lengths_B,
                 cache,

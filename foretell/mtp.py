@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foretell.checkpoint import check_target, load_tensors, read_config, save_module
 from foretell.data.collate import to_batch
-from foretell.decoding.adaptive import AdaptiveLength, CostCurve, FixedLength
+from foretell.decoding.adaptive import COUNTED, COUNTED_STEP, AdaptiveLength, CostCurve, FixedLength
 from foretell.decoding.generate import MTPGenerate, MTPGenerateOutput
 from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanLength
@@ -231,16 +231,24 @@ class MTPModel(Learning):
         length: int | str = "auto",
         policy: str = "lossless",
         threshold: float | None = None,
+        counted: bool = False,
     ) -> AdaptiveLength:
         """Who decides lengths for num_draft_tokens="auto", and with a fixed length only the layout of masks; for
-        drafters given by name, kept in the workspace between calls.
+        drafters given by name, kept in the workspace between calls. counted: by counts of this call alone, without a
+        clock.
         """
-        curve, key = self.cost_curve(), (drafter, do_sample, layout, length, policy, threshold)
-        made = FixedLength(curve, length) if isinstance(length, int) else AdaptiveLength(curve, LONGEST_AUTO)
+        given = self._curve is not None and not self._curve.measured
+        curve = COUNTED if counted and not given else self.cost_curve()
+        steps = dict.fromkeys(("mtp", "spans"), 0.0 if given else COUNTED_STEP) if counted else None
+        made = AdaptiveLength(curve, LONGEST_AUTO, steps)
+        if isinstance(length, int):
+            made = FixedLength(curve, length, steps)
         if policy in SPANS:
             longest = min(self.module.longest_draft, LONGEST_AUTO)
-            made = SpanLength(curve, longest, certain=policy == "static_k", masks=self.module.lays_masks)
-        return space.adaptive.setdefault(key, made) if isinstance(drafter, str) else made
+            made = SpanLength(curve, longest, policy == "static_k", self.module.lays_masks, steps)
+        if counted or not isinstance(drafter, str):
+            return made
+        return space.adaptive.setdefault((drafter, do_sample, layout, length, policy, threshold), made)
 
     @property
     def reference(self) -> str:

@@ -62,6 +62,10 @@ class Draft:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def drawn(self, i: int) -> bool:
+        """Whether token i was drawn from a distribution; else it was chosen."""
+        return self.probs is not None and self.probs[i] is not None
+
     def add(self, token: int, parent: int, confidence: float, source: str, probs_V: Tensor | None = None) -> int:
         """Append a token below its parent's index; returns its own."""
         self.tokens.append(token)
@@ -79,6 +83,7 @@ class Verdict:
 
     path: list[int]
     token: int
+    shares: dict[int, float] = field(default_factory=dict)  # of drawn drafts that were reached: sum of min(p, q)
 
 
 @dataclass
@@ -101,8 +106,7 @@ class SequenceState:
     index: int  # row of the caller's batch
     slot: int = -1  # row of the caches
     cached: int = 0  # tokens whose keys and values are cached: all but the last between rounds, or but the last span
-    left_padding: int = 0  # padding tokens that stood before the prompt; logits processors of transformers see them
-    pad_token_id: int = 0
+    padding: list[int] = field(default_factory=list)  # ids that stood before the prompt; logits processors see them
     record: list[Verification] = field(default_factory=list)
     done: bool = False
     broken: bool = False  # its own states are no numbers any more: nothing is drafted for it, its slot is wiped
@@ -118,6 +122,8 @@ class SequenceState:
         return self.tokens[self.prompt_length :]
 
 
+# [N, V] scores -> those after the caller's temperature, top-k and the like, which look at scores alone
+Warp = Callable[["Tensor"], "Tensor"]
 # (drafter's name, sequence, its draft so far[, what others drafted]) -> whether one more token is worth its time
 Worth = Callable[..., bool]
 

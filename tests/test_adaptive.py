@@ -30,9 +30,9 @@ def clock(monkeypatch):
     """Rounds take what the curve says, times what a test puts here for rounds with drafts."""
     learn, surprise = AdaptiveLength.learn, [1.0]
 
-    def by_the_curve(self, drafts, emitted, names, rows, seconds=None):
+    def by_the_curve(self, drafts, emitted, names, rows, seconds=None, shares=()):
         taken = self.curve(rows) * (surprise[0] if rows > len(emitted) else 1.0)
-        learn(self, drafts, emitted, names, rows, taken)
+        learn(self, drafts, emitted, names, rows, taken, shares)
 
     monkeypatch.setattr(AdaptiveLength, "learn", by_the_curve)
     return surprise
@@ -201,11 +201,10 @@ def test_the_module_and_lookup_are_lossless():
 
 
 def random_draft(rng: random.Random, size: int) -> Draft:
-    draft = Draft(probs=[])
+    draft = Draft()
     for i in range(size):
-        draft.tokens.append(rng.randrange(50))
+        draft.tokens.append(100 * i + rng.randrange(50))
         draft.parents.append(rng.choice([-1, *range(i)]))
-        draft.probs.append(torch.tensor([float(i)]))
         draft.confidence.append(rng.random())
         draft.sources.append(rng.choice(["a", "b", "a+b"]))
     return draft
@@ -220,7 +219,7 @@ def test_pruning_keeps_parents_and_what_belongs_to_a_token():
         whole = list(zip(draft.tokens, draft.parents, draft.confidence, draft.sources))
         kept = adaptive.prune([draft], 0.0)[0]
         sizes.add(len(kept))
-        at = [int(p[0]) for p in kept.probs]  # where each token stood
+        at = [token // 100 for token in kept.tokens]  # where each token stood
         assert at == sorted(set(at))
         for i, (old, parent) in enumerate(zip(at, kept.parents, strict=True)):
             assert (-1 if parent < 0 else at[parent]) == draft.parents[old] and parent < i
@@ -237,7 +236,7 @@ def test_pruning_takes_the_best_rate():
     rng = random.Random(1)
     for _ in range(100):
         adaptive, draft = AdaptiveLength(STEEP, 8), random_draft(rng, 7)
-        chances = sorted(adaptive.chances(draft, blind=True), reverse=True)  # random drafts are marked as drawn
+        chances = sorted(adaptive.chances(draft), reverse=True)
         rates = [(1 + sum(chances[:m])) / (STEEP(1 + m) + 0.2) for m in range(8)]
         assert len(adaptive.prune([draft], 0.2)[0]) == rates.index(max(rates))
 
@@ -245,3 +244,55 @@ def test_pruning_takes_the_best_rate():
 def test_chances_multiply_along_a_branch():
     draft = Draft([1, 2, 3], [-1, 0, -1], None, [0.5, 0.4, 0.3], ["a", "a", "b"])
     assert AdaptiveLength(FLAT, 8).chances(draft) == pytest.approx([0.5, 0.2, 0.3])
+
+
+# -- drawn drafts ------------------------------------------------------------------------------------------------------
+
+
+def drawn(tokens: list[int], parents: list[int], confidence: float) -> Draft:
+    return Draft(tokens, parents, [torch.ones(50) / 50] * len(tokens), [confidence] * len(tokens), ["a"] * len(tokens))
+
+
+def test_what_was_drawn_has_no_say():
+    """Neither in the chances, nor in going on, nor in what is verified: also of argmax drafts below and beside it."""
+    for curve in (FLAT, MILD, STEEP, CostCurve({1: 1.0, 2: 3.0, 3: 3.1, 4: 3.2, 64: 60.0})):
+        said = set()
+        for confidence in (0.001, 0.5, 0.999):
+            adaptive = AdaptiveLength(curve, 8, steps={})
+            adaptive.begin_round(1)
+            asked = []
+            for size in range(5):
+                draft = drawn(list(range(size)), list(range(-1, size - 1)), confidence)
+                draft.add(7, size - 1, confidence, "b")  # an argmax draft below, which knows what was drawn
+                asked.append(adaptive.worth("a", 0, drawn(draft.tokens[:size], draft.parents[:size], confidence)))
+            beside = adaptive.worth("b", 0, Draft(), draft)
+            assert adaptive.prune([draft], 0.1) == [draft]
+            said.add((tuple(asked), beside, tuple(adaptive.chances(draft)), tuple(adaptive._ends(draft))))
+        assert len(said) == 1, said
+
+
+def test_drawn_drafts_are_learned_as_the_overlap():
+    """Of a module that is the target itself each draft would be kept, however seldom two draws agree."""
+    adaptive = AdaptiveLength(CostCurve({1: 1.0, 4: 2.0, 64: 60.0}), 3, steps={})
+    for _ in range(60):
+        adaptive.begin_round(1)
+        adaptive.learn([drawn([1, 2, 3], [-1, 0, 1], 0.1)], [[1, 9]], {}, 4, None, [{0: 1.0, 1: 1.0}])
+    assert adaptive._holds("a", 1) > 0.9 and adaptive._holds("a", 2) > 0.9
+    adaptive.begin_round(1)
+    assert [adaptive.worth("a", 0, drawn([1] * n, list(range(-1, n - 1)), 0.1)) for n in range(4)] == [1, 1, 1, 0]
+
+
+def test_by_counts_no_clock_is_asked():
+    """The same rounds at another speed: the same decisions."""
+    said = []
+    for speed in (1e-6, 1.0):
+        adaptive = AdaptiveLength(MILD, 8, steps={"a": 0.2})
+        for turn in range(40):
+            adaptive.begin_round(2)
+            asked = [
+                adaptive.worth("a", b, drawn([1] * n, list(range(-1, n - 1)), 0.3)) for b in (0, 1) for n in (0, 1, 2)
+            ]
+            said.append((turn, asked))
+            drafts = [drawn([1, 2], [-1, 0], 0.3)] * 2
+            adaptive.learn(drafts, [[1, 2, 4], [5]], {"a": (speed, 2)}, 6, speed * turn, [{0: 0.7, 1: 0.4}, {0: 0.5}])
+    assert said[:40] == said[40:]

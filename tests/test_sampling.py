@@ -17,8 +17,13 @@ from torch import Tensor
 from transformers.generation import logits_process as lp
 
 from foretell.decoding import verify as verify_module
+from foretell.decoding.adaptive import AdaptiveLength, CostCurve
+from foretell.methods.heads import HeadsConfig
+from foretell.methods.masked import MaskedConfig
 from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.ops.sampling import Dice
+from foretell.types import Draft
 
 V = 8
 TEXTS = 700
@@ -197,42 +202,162 @@ def test_many_small_calls_follow_it_too():
     assert p_value(count(torch.cat(new)), exact("plain", 2)) > LEAST_P
 
 
+# -- lengths that adapt ------------------------------------------------------------------------------------------------
+
+# of three tokens the first two are looked at, 64 cells. A rule that moves a share d of the mass from one half of the
+# cells to the other adds 4 * 1600 * d ** 2 to a chi-square of 63 +- 11, and LEAST_P asks for 113: a d of 0.11 is caught
+# nine times of ten (the first token alone, 8 cells and 32 to ask for: a d of 0.08)
+AUTO_TEXTS, AUTO_SLOTS = 1600, 100
+
+
+def jump(rows: int, first: float) -> CostCurve:
+    """One draft a sequence never pays, several do."""
+    seconds = {1: 1.0, 2: first, 3: first + 0.01, 4: first + 0.02, 8: first + 1.0, 64: 60.0}
+    return CostCurve({rows * n: s for n, s in seconds.items()})
+
+
+@functools.cache
+def masked() -> MTPModel:
+    """Masks with a sampler: a distribution of its own at each depth."""
+    settings = MaskedConfig(depth=3, lora_rank=4)
+    made = get_mtp_model(leaning_model(vocab_size=V, initializer_range=0.05), settings)
+    with torch.no_grad():
+        for name, parameter in made.module.named_parameters():
+            if "lora" in name or "rows" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    return made
+
+
+@functools.cache
+def heads() -> MTPModel:
+    return get_mtp_model(leaning_model(vocab_size=V, initializer_range=0.05), HeadsConfig(depth=3))
+
+
+@functools.cache
+def deeper() -> MTPModel:
+    model = leaning_model(vocab_size=V, initializer_range=0.05)
+    return get_mtp_model(model, SequentialConfig(depth=3, initialisation="random"))
+
+
+AUTO: dict[str, tuple[Callable[[], MTPModel], Callable[[], dict[str, Any]]]] = {
+    "sequential": (deeper, lambda: {"draft_sample_method": "probabilistic"}),
+    "sequential+lookup": (deeper, lambda: {"draft_sample_method": "probabilistic", "drafter": "mtp+lookup"}),
+    "greedy+lookup": (deeper, lambda: {"drafter": "mtp+lookup"}),
+    "heads": (heads, lambda: {"draft_sample_method": "probabilistic"}),
+    "tree": (deeper, lambda: {"drafter": Asking(far_VV(0.5), width=2)}),
+    "masks": (masked, lambda: {"draft_sample_method": "probabilistic"}),
+    "masks in two passes": (masked, lambda: {"draft_sample_method": "probabilistic", "draft_layout": "two_pass"}),
+    "masks, linear+lookup": (
+        masked,
+        lambda: {"draft_sample_method": "probabilistic", "draft_layout": "linear", "drafter": "mtp+lookup"},
+    ),
+}
+
+
+class Asking(Sampling):
+    """Draws siblings at each node for as long as it is worth it."""
+
+    def _draft(self, sequence: Any, length: int, b: int, worth: Any) -> Any:
+        whole, draft = super()._draft(sequence, 4, b, None), None
+        for size in (0, 2, 4):
+            draft = Draft(
+                whole.tokens[:size],
+                whole.parents[:size],
+                whole.probs[:size],
+                *(x[:size] for x in (whole.confidence, whole.sources)),
+            )
+            if not length or not worth(self.name, b, draft):
+                break
+        return draft
+
+
+def adapted(case: str, first: float, new: int = 3, texts: int = AUTO_TEXTS, slots: int = AUTO_SLOTS) -> Any:
+    """Sampled under "auto", on a machine where one draft never pays."""
+    make, settings = AUTO[case]
+    chosen = make()
+    chosen._curve = jump(slots, first)
+    ids = torch.tensor([PROMPT]).repeat(texts, 1)
+    return chosen.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=new,
+        num_draft_tokens="auto",
+        return_dict_in_generate=True,
+        generator=torch.Generator().manual_seed(4),
+        slots=slots,
+        **settings(),
+    )
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_adaptive_lengths_follow_the_target(case):
+    out = adapted(case, 1.45)
+    depths = [v.depth for record in out.stats.records for v in record]
+    assert max(depths) >= 2, "drafts should be long"
+    seen = count(out.sequences[:, len(PROMPT) :])
+    assert p_value(seen.view(-1, V).sum(1), exact("plain", 2)) > LEAST_P
+    assert p_value(seen.view(-1, V * V).sum(1), exact("plain", 1)) > LEAST_P
+
+
+def peeks(self: AdaptiveLength, drafts: list[Draft], seconds: float) -> list[Draft]:
+    """A rule that peeks: drafts that begin with certain tokens are not verified."""
+    return [d if not len(d) or d.tokens[0] % 2 else Draft(probs=[]) for d in drafts]
+
+
+@pytest.mark.parametrize("case", ["sequential", "heads", "masks"])
+def test_a_rule_that_peeks_is_caught(case, monkeypatch):
+    monkeypatch.setattr(AdaptiveLength, "prune", peeks)
+    seen = count(adapted(case, 1.45).sequences[:, len(PROMPT) :])
+    assert p_value(seen.view(-1, V).sum(1), exact("plain", 2)) < LEAST_P / 1e4
+
+
 # -- the test can fail -------------------------------------------------------------------------------------------------
 
 
-def keeps_all(token: int, q_V: Tensor | None, p_V: Tensor, generator: Any) -> tuple[bool, Tensor]:
+Accept = tuple[Tensor, Tensor, Tensor]
+right_accept = verify_module._accept
+
+
+def keeps_all(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
     """A wrong rule: every draft stays."""
-    return True, p_V
+    return torch.ones_like(token_B, dtype=torch.bool), p_BV, uniform_B
 
 
-def accepts_with_p(token: int, q_V: Tensor | None, p_V: Tensor, generator: Any) -> tuple[bool, Tensor]:
+def accepts_with_p(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
     """A wrong rule: min(1, p) in place of min(1, p / q), with the residual of the right one."""
-    if torch.rand((), generator=generator) < p_V[token]:
-        return True, p_V
-    left_V = (p_V - q_V).clamp(min=0)
-    return False, left_V / left_V.sum()
+    _, left_BV, _ = right_accept(p_BV, q_BV, token_B, uniform_B)
+    p_B = p_BV.gather(1, token_B[:, None])[:, 0].double()
+    return uniform_B < p_B, left_BV, (uniform_B - p_B) / (1 - p_B)
 
 
-def forgets_the_residual(token: int, q_V: Tensor | None, p_V: Tensor, generator: Any) -> tuple[bool, Tensor]:
+def forgets_the_residual(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
     """A wrong rule: after a refusal the target draws as if nothing had been proposed."""
-    q = 1.0 if q_V is None else q_V[token]
-    return bool(torch.rand((), generator=generator) * q < p_V[token]), p_V
+    kept_B, _, left_B = right_accept(p_BV, q_BV, token_B, uniform_B)
+    return kept_B, p_BV, left_B
 
 
 @pytest.mark.parametrize(
     ("rule", "drafter"),
     [
-        (keeps_all, "greedy"),
-        (keeps_all, "lookup"),
         (keeps_all, "probabilistic"),
+        (keeps_all, "probabilistic+lookup"),
         (accepts_with_p, "far"),
-        (forgets_the_residual, "greedy"),
         (forgets_the_residual, "far"),
         (forgets_the_residual, "probabilistic+lookup"),
     ],
 )
 def test_a_wrong_rule_is_caught(rule, drafter, monkeypatch):
     monkeypatch.setattr(verify_module, "_accept", rule)
+    seen, _ = sample("plain", 2, **DRAFTERS[drafter]())
+    assert p_value(seen, exact("plain", 2)) < LEAST_P / 1e4
+
+
+@pytest.mark.parametrize("drafter", ["off", "greedy", "lookup", "greedy+lookup"])
+def test_a_number_used_twice_is_caught(drafter, monkeypatch):
+    """Chosen drafts: the target's own draw at each place needs a number of its own."""
+    monkeypatch.setattr(Dice, "__call__", lambda self, text, place, right=Dice.__call__: right(self, text, 0))
     seen, _ = sample("plain", 2, **DRAFTERS[drafter]())
     assert p_value(seen, exact("plain", 2)) < LEAST_P / 1e4
 
@@ -292,3 +417,102 @@ def test_a_temperature_near_zero_is_greedy():
             ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1e-4, max_new_tokens=14, **settings
         )
         assert out.tolist() == greedy.tolist()
+
+
+# -- seeds and clocks --------------------------------------------------------------------------------------------------
+
+
+def text_of(case: str, seed: int, curve: CostCurve | None, **more: Any) -> list[list[int]]:
+    """Under "auto", as a process of its own would decode: nothing learned before, the machine's own speed."""
+    make, settings = AUTO[case]
+    chosen = make()
+    chosen._curve = curve
+    chosen._adaptive.clear()
+    ids = torch.tensor([PROMPT, [2, 2, 4, 6, 7]])
+    settings = {"max_new_tokens": 40, "num_draft_tokens": "auto", **settings(), **more}
+    generator = torch.Generator().manual_seed(seed)
+    out = chosen.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, generator=generator, **settings
+    )
+    return out.tolist()
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_a_seed_fixes_the_text_under_auto(case):
+    """Whatever the clock says of this machine, and whatever was decoded before."""
+    fast, slow = CostCurve({1: 1e-3, 64: 1.2e-3}, measured=True), CostCurve({1: 1e-3, 64: 1.0}, measured=True)
+    first = text_of(case, 4, fast)
+    assert first != text_of(case, 5, fast)
+    assert text_of(case, 4, slow) == first
+    make, _ = AUTO[case]
+    adapted(case, 1.45, texts=3)
+    make()._curve = fast
+    assert text_of(case, 4, fast) == first
+
+
+@pytest.mark.parametrize("policy", ["typical", "confadapt"])
+def test_a_seed_fixes_lossy_texts_too(policy):
+    fast, slow = CostCurve({1: 1e-3, 64: 1.2e-3}, measured=True), CostCurve({1: 1e-3, 64: 1.0}, measured=True)
+    more = {"policy": policy, "draft_sample_method": "greedy"}
+    assert text_of("masks", 4, fast, **more) == text_of("masks", 4, slow, **more)
+
+
+def test_chosen_drafts_never_change_a_sampled_text():
+    """Not even which text it is: who drafts, how much, and who decodes beside decide nothing."""
+    texts = [
+        text_of(case, 4, None, **more)
+        for case, more in (
+            ("greedy+lookup", {}),
+            ("greedy+lookup", {"num_draft_tokens": 2, "slots": 1}),
+            ("greedy+lookup", {"num_draft_tokens": 0}),
+            ("greedy+lookup", {"drafter": "lookup", "num_draft_tokens": 5}),
+        )
+    ]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+
+
+# -- what the caller asks of the target is asked of drawn drafts too ---------------------------------------------------
+
+EQUAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.5},
+    "top_k": {"top_k": 5},
+    "all": {"temperature": 0.7, "top_k": 6, "top_p": 0.8, "min_p": 0.05},
+    "suppressed": {"suppress_tokens": [1, 6], "repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("warper", EQUAL)
+def test_a_module_equal_to_the_target_is_kept(warper):
+    """Two passes: the first draft is the target's own token, drawn as the target draws it."""
+    ids = torch.tensor([PROMPT]).repeat(60, 1)
+    out = masked().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        max_new_tokens=5,
+        return_dict_in_generate=True,
+        generator=torch.Generator().manual_seed(1),
+        num_draft_tokens=2,
+        draft_layout="two_pass",
+        draft_sample_method="probabilistic",
+        **{"top_k": 0, **EQUAL[warper]},
+    )
+    kept = [v.accepted >= 1 for record in out.stats.records for v in record[:-1]]
+    assert sum(kept) / len(kept) > (0.8 if warper == "suppressed" else 0.999), "penalties are left to the target"
+
+
+def test_drawn_drafts_that_are_always_kept_are_drafted_long():
+    """They seldom agree with an independent draw, which is not what counts."""
+    out = adapted("equal", 2.1, new=12, texts=20, slots=1)
+    assert out.stats.tau > 2.5
+
+
+def equal_VV() -> Tensor:
+    """Nearly the target's own next-token distribution: it leans on the last token."""
+    with torch.no_grad():
+        texts = torch.tensor([[*PROMPT[:-1], token] for token in range(V)])
+        return mtp().model(texts).logits[:, -1].softmax(-1)
+
+
+AUTO["equal"] = (deeper, lambda: {"drafter": Asking(equal_VV(), width=1)})

@@ -514,7 +514,7 @@ def test_bad_input_is_named_before_any_work(settings, words, monkeypatch):
 def test_verification_knows_no_spans():
     for policy in SPANS:
         with pytest.raises(ValueError, match="unverified"):
-            verify(Draft(), torch.zeros(1, 4), False, policy=policy)
+            verify([Draft()], torch.zeros(1, 1, 4), policy=policy)
 
 
 def test_the_command_line_marks_what_is_lossy(tmp_path, capsys, monkeypatch):
@@ -583,7 +583,7 @@ def test_the_rate_is_tokens_over_seconds():
         one = SpanLength(CostCurve({1: 1.0, 4: 2.0, 4096: 2.0 + 4092 * 0.25}), 4, False, masks)
         one.begin_round(batch)
         one._depth = {("spans", k): [held * 1000, 1000.0] for k in range(1, 5)}
-        one._step_seconds["spans"] = 0.3
+        one._clocked["spans"] = 0.3
         for K_ in range(5):
             tokens, seconds, longest = 0, 0.0, 1
             for _ in range(4000):

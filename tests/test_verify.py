@@ -13,14 +13,27 @@ from torch import Tensor
 
 from foretell.decoding import verify as verify_module
 from foretell.decoding.policies import LOSSY, POLICIES, check_policy, typical_thresholds
-from foretell.decoding.verify import verify, verify_greedy
-from foretell.ops.sampling import draw, to_probs
+from foretell.decoding.verify import verify_greedy
+from foretell.ops.sampling import draw, take, to_probs
 from foretell.types import Draft, Verdict
 
 V = 4
-DRAWS = 20_000
+DRAWS = 40_000
 # a correct rule falls below this once in ten thousand seeds; the wrong rules here are below it by many decades
 LEAST_P = 1e-4
+
+
+def verify(
+    draft: Draft,
+    scores_RV: Tensor,
+    do_sample: bool,
+    generator: torch.Generator | None = None,
+    policy: str = "lossless",
+) -> Verdict:
+    """The verdict on one sequence."""
+    uniform_R = torch.rand(len(scores_RV), generator=generator, dtype=torch.float64) if do_sample else None
+    uniform_BR = None if uniform_R is None else uniform_R[None]
+    return verify_module.verify([draft], scores_RV[None], uniform_BR, policy)[0]
 
 
 # -- greedy ------------------------------------------------------------------------------------------------------------
@@ -153,20 +166,23 @@ def _target_scores(tokens: tuple[int, ...], parents: tuple[int, ...]) -> Tensor:
     return torch.stack([FIRST_V, *rows]).log()
 
 
-def two_tokens(
-    rule: Callable[..., Verdict], drafter: Callable[[random.Random], Draft], draws: int, seed: int
-) -> Tensor:
-    """How often each pair of tokens is emitted first: [V * V]."""
+Rule = Callable[[list[Draft], Tensor, Tensor | None], list[Verdict]]
+
+
+def two_tokens(rule: Rule, drafter: Callable[[random.Random], Draft], draws: int, seed: int) -> Tensor:
+    """How often each pair of tokens is emitted first: [V * V]. All draws are one batch."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    seen, second_1V = [0] * (V * V), SECOND_VV.log().split(1)
-    for _ in range(draws):
-        draft = drafter(rng)
-        verdict = rule(draft, target_scores(draft), True, generator)
-        emitted = [draft.tokens[i] for i in verdict.path] + [verdict.token]
-        if len(emitted) == 1:  # the next verification, with nothing drafted
-            emitted.append(rule(Draft(), second_1V[emitted[0]], True, generator).token)
-        seen[emitted[0] * V + emitted[1]] += 1
-    return torch.tensor(seen)
+    drafts = [drafter(rng) for _ in range(draws)]
+    scores_BRV = torch.stack([target_scores(draft) for draft in drafts])
+    verdicts = rule(drafts, scores_BRV, torch.rand(scores_BRV.shape[:2], generator=generator))
+    emitted = [[d.tokens[i] for i in v.path] + [v.token] for d, v in zip(drafts, verdicts, strict=True)]
+    # where one token came, the next verification, with nothing drafted
+    alone = [b for b, tokens in enumerate(emitted) if len(tokens) == 1]
+    again_BRV = SECOND_VV.log()[[emitted[b][0] for b in alone]][:, None]
+    again = rule([Draft()] * len(alone), again_BRV, torch.rand(len(alone), 1, generator=generator)) if alone else []
+    for b, verdict in zip(alone, again, strict=True):
+        emitted[b].append(verdict.token)
+    return torch.bincount(torch.tensor([one * V + two for one, two, *_ in emitted]), minlength=V * V)
 
 
 def p_value(seen: Tensor) -> float:
@@ -185,16 +201,19 @@ def _one_thread():
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_samples_follow_the_target(drafter):
-    assert p_value(two_tokens(verify, drafter, DRAWS // 2, seed=1)) > LEAST_P
+    assert p_value(two_tokens(verify_module.verify, drafter, DRAWS // 2, seed=1)) > LEAST_P
 
 
-def keeps_every_draft(draft: Draft, scores_RV: Tensor, do_sample: bool, generator: torch.Generator) -> Verdict:
+def keeps_every_draft(drafts: list[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None) -> list[Verdict]:
     """A wrong rule: all drafts of the first branch stay."""
-    path, at = [], -1
-    while at in draft.parents:
-        at = draft.parents.index(at)
-        path.append(at)
-    return Verdict(path, int(draw(to_probs(scores_RV[at + 1][None], True), generator)))
+    verdicts = []
+    for draft, scores_RV, uniform_R in zip(drafts, scores_BRV, uniform_BR, strict=True):
+        path, at = [], -1
+        while at in draft.parents:
+            at = draft.parents.index(at)
+            path.append(at)
+        verdicts.append(Verdict(path, int(take(to_probs(scores_RV[at + 1][None], True), uniform_R[:1]))))
+    return verdicts
 
 
 @pytest.mark.parametrize("drafter", [one_hot_chain, sampled_chain, one_hot_tree])
@@ -202,31 +221,49 @@ def test_keeping_every_draft_is_caught(drafter):
     assert p_value(two_tokens(keeps_every_draft, drafter, DRAWS // 10, seed=2)) < LEAST_P / 1e6
 
 
-def accepts_with_p(
-    token: int, q_V: Tensor | None, p_V: Tensor, generator: torch.Generator | None
-) -> tuple[bool, Tensor]:
+Accept = tuple[Tensor, Tensor, Tensor]
+right_accept = verify_module._accept
+
+
+def accepts_with_p(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
     """A wrong rule: min(1, p) in place of min(1, p / q), and the residual of the right one."""
-    if torch.rand((), generator=generator) < p_V[token]:
-        return True, p_V
-    left_V = (p_V - q_V).clamp(min=0)
-    return False, left_V / left_V.sum()
+    _, left_BV, _ = right_accept(p_BV, q_BV, token_B, uniform_B)
+    p_B = p_BV.gather(1, token_B[:, None])[:, 0].double()
+    return uniform_B < p_B, left_BV, (uniform_B - p_B) / (1 - p_B)
 
 
-def forgets_the_residual(
-    token: int, q_V: Tensor | None, p_V: Tensor, generator: torch.Generator | None
-) -> tuple[bool, Tensor]:
+def forgets_the_residual(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
     """A wrong rule: after a refusal the target is asked again as if nothing had been proposed."""
-    q = 1.0 if q_V is None else q_V[token]
-    return bool(torch.rand((), generator=generator) * q < p_V[token]), p_V
+    kept_B, _, left_B = right_accept(p_BV, q_BV, token_B, uniform_B)
+    return kept_B, p_BV, left_B
 
 
-@pytest.mark.parametrize(
-    ("wrong", "drafter"),
-    [(accepts_with_p, sampled_chain), (forgets_the_residual, sampled_chain), (forgets_the_residual, one_hot_tree)],
-)
+def uses_a_number_twice(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
+    """A wrong rule: the number that refused a draft draws what is left, too."""
+    kept_B, left_BV, _ = right_accept(p_BV, q_BV, token_B, uniform_B)
+    return kept_B, left_BV, uniform_B
+
+
+def keeps_the_number(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
+    """A wrong rule: everything is kept."""
+    _, left_BV, left_B = right_accept(p_BV, q_BV, token_B, uniform_B)
+    return torch.ones_like(token_B, dtype=torch.bool), left_BV, left_B
+
+
+@pytest.mark.parametrize("wrong", [accepts_with_p, forgets_the_residual, uses_a_number_twice, keeps_the_number])
+@pytest.mark.parametrize("drafter", [sampled_chain, sampled_tree, mixed_tree])
 def test_wrong_accept_rules_are_caught(wrong, drafter, monkeypatch):
     monkeypatch.setattr(verify_module, "_accept", wrong)
-    assert p_value(two_tokens(verify, drafter, DRAWS // 4, seed=3)) < LEAST_P / 100
+    assert p_value(two_tokens(verify_module.verify, drafter, DRAWS // 4, seed=3)) < LEAST_P / 100
+
+
+def test_a_number_that_serves_two_rows_is_caught():
+    """Chosen drafts: each depth needs a number of its own."""
+
+    def one_for_all(drafts: list[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None) -> list[Verdict]:
+        return verify_module.verify(drafts, scores_BRV, uniform_BR[:, :1].expand_as(uniform_BR))
+
+    assert p_value(two_tokens(one_for_all, one_hot_tree, DRAWS // 4, seed=3)) < LEAST_P / 100
 
 
 def test_chosen_drafts_said_to_be_sampled_are_caught():
@@ -237,7 +274,7 @@ def test_chosen_drafts_said_to_be_sampled_are_caught():
         second = int(DRAFT_SECOND_VV[first].argmax())
         return Draft([first, second], [-1, 0], [DRAFT_FIRST_V, DRAFT_SECOND_VV[first]])
 
-    assert p_value(two_tokens(verify, argmax_with_softmax, DRAWS // 4, seed=4)) < LEAST_P / 100
+    assert p_value(two_tokens(verify_module.verify, argmax_with_softmax, DRAWS // 4, seed=4)) < LEAST_P / 100
 
 
 def test_acceptance_is_the_overlap_of_the_two_distributions():
@@ -267,8 +304,20 @@ def test_filtered_tokens_are_never_emitted():
     only = torch.tensor([[float("-inf"), 0.0, float("-inf")]] * 2)
     for q in (None, torch.tensor([0.2, 0.3, 0.5])):
         probs = None if q is None else [q]
-        assert verify(Draft([2], [-1], probs), only, True) == Verdict([], 1)
-        assert verify(Draft([1], [-1], probs), only, True) == Verdict([0], 1)
+        share = {} if q is None else {0: pytest.approx(0.3)}  # the overlap, whatever was drawn
+        assert verify(Draft([2], [-1], probs), only, True) == Verdict([], 1, share)
+        assert verify(Draft([1], [-1], probs), only, True) == Verdict([0], 1, share)
+
+
+def test_shares_are_of_drawn_drafts_that_were_reached():
+    """A second sibling meets what the first has left over; below a refused draft nothing is told."""
+    draft = Draft([0, 1, 2, 3], [-1, -1, 0, 1], [DRAFT_FIRST_V, None, THIRD_V, THIRD_V])
+    scores = torch.stack([FIRST_V, *[THIRD_V] * 4]).log()
+    told = [verify(draft, scores, True, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    assert {tuple(v.path) for v in told} >= {(0, 2), (1, 3)}
+    for verdict in told:
+        assert set(verdict.shares) == {0} | set(verdict.path[-1:] if len(verdict.path) == 2 else [])
+        assert verdict.shares[0] == pytest.approx(float(torch.minimum(FIRST_V, DRAFT_FIRST_V).sum()))
 
 
 def test_a_seed_fixes_the_outcome():
@@ -280,8 +329,8 @@ def test_a_seed_fixes_the_outcome():
 # -- lossy policies ----------------------------------------------------------------------------------------------------
 
 
-def typical(draft: Draft, scores_RV: Tensor, do_sample: bool, generator: torch.Generator) -> Verdict:
-    return verify(draft, scores_RV, do_sample, generator, policy="typical")
+def typical(drafts: list[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None) -> list[Verdict]:
+    return verify_module.verify(drafts, scores_BRV, uniform_BR, policy="typical")
 
 
 def test_typical_is_lossy_and_says_so():
@@ -315,9 +364,8 @@ def test_typical_keeps_the_longest_path_then_the_likelier():
 def test_typical_always_ends_with_the_targets_own_token():
     assert verify(Draft(), FIRST_V.log()[None], False, policy="typical") == Verdict([], int(FIRST_V.argmax()))
     generator = torch.Generator().manual_seed(8)
-    seen = torch.bincount(
-        torch.tensor([typical(Draft(), FIRST_V.log()[None], True, generator).token for _ in range(2000)]), minlength=V
-    )
+    many = typical([Draft()] * 2000, FIRST_V.log().expand(2000, 1, V), torch.rand(2000, 1, generator=generator))
+    seen = torch.bincount(torch.tensor([verdict.token for verdict in many]), minlength=V)
     assert stats.chisquare(seen.numpy(), (FIRST_V.double() / FIRST_V.double().sum() * 2000).numpy()).pvalue > LEAST_P
 
 
@@ -331,5 +379,5 @@ def test_bad_input_is_refused():
         check_policy("")
     with pytest.raises(ValueError, match="2 argmax tokens for 2 drafts, wanted 3"):
         verify_greedy(Draft([1, 2], [-1, 0]), [1, 2])
-    with pytest.raises(ValueError, match=r"shape \(3, 2\) for 1 drafts, wanted \[2, V\]"):
-        verify(Draft([1], [-1]), torch.zeros(3, 2), True)
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 2\) for 1 sequences of at most 1 drafts, wanted \[1, 2, V\]"):
+        verify(Draft([1], [-1]), torch.zeros(1, 2), True)

@@ -3,6 +3,11 @@
 A step with m drafted rows emits 1 + sum of their acceptance chances and takes c(1 + m) plus the drafting time. Take the
 m with the most tokens a second; ask a drafter for one more step only if that step pays; stop asking, but for a probe
 now and then, where drafts keep failing. Chances are the drafters' own confidences, corrected by what was accepted.
+
+What is verified never depends on what was drawn. Of drawn drafts the number is decided before the draw, by the overlap
+of the two distributions at each depth (sum of min(p, q)) alone, and all of them are verified. Where the lengths can
+change the text (drawn drafts, lossy policies), who samples gets them by counts instead of clocks, and from nothing but
+this call: then a seed fixes the text.
 """
 
 # B sequences, R rows a sequence.
@@ -93,9 +98,15 @@ class CostCurve:
         return seconds
 
 
+# what rows, and a step of drafting, usually take in forwards of one row, where no clock may be asked
+COUNTED, COUNTED_STEP = CostCurve({1: 1.0, 64: 1.0 + 0.05 * 63}), 0.12
+
+
 class AdaptiveLength:
     """Decides, round by round, what is drafted and what is verified. What it learns outlives a decoding call: the
     next text starts with the acceptance rates of the last ones, `begin` forgets only what is this text's alone.
+
+    steps: seconds of a drafter's step, by its name (nothing, for others), where no clock may be asked.
     """
 
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
@@ -103,13 +114,14 @@ class AdaptiveLength:
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
     PLAIN_ROUNDS = 2  # without drafts, for each size of batch, so that the clock has something to compare; later fewer
 
-    def __init__(self, curve: CostCurve, longest: int) -> None:
-        self.curve, self.longest = curve, longest
+    def __init__(self, curve: CostCurve, longest: int, steps: dict[str, float] | None = None) -> None:
+        self.curve, self.longest, self.steps = curve, longest, steps
         self._table: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._depth: dict[tuple[str, int], list[float]] = {}
-        self._step_seconds: dict[str, float] = defaultdict(float)
+        self._clocked: dict[str, float] = {}  # seconds of a step
         self._probing: set[str] = set()
         self._starts: dict[str, bool] = {}
+        self._deep: dict[tuple[str, float], int] = {}
         # seconds by the clock over seconds by the curve, and how often seen: (power of two of the batch, plain or not)
         self._clock: dict[tuple[int, bool], tuple[float, int]] = defaultdict(lambda: (1.0, 0))
         self._wait: dict[str, int] = defaultdict(lambda: 1)
@@ -131,6 +143,7 @@ class AdaptiveLength:
         self._rate = max(self._rate, batch / self.cost(batch))
         self._probing.clear()
         self._starts.clear()
+        self._deep.clear()
         for name, rounds in self._sit_out.items():
             self._sit_out[name] = max(rounds - 1, 0)
         drafted, plain = (self._clock[batch.bit_length(), kind][1] for kind in (False, True))
@@ -152,18 +165,46 @@ class AdaptiveLength:
         here = self.cost(rows)
         return min((self.cost(rows + n * self._batch) - here) / n for n in (1, 2, 4))
 
+    def _step(self, name: str) -> float:
+        """Seconds of one step of drafting."""
+        return self._clocked.get(name, 0.0) if self.steps is None else self.steps.get(name, 0.0)
+
+    def _took(self, name: str, seconds: float, steps: int) -> float:
+        """Seconds that a round's drafting took."""
+        if self.steps is not None:
+            return steps * self._step(name)
+        if steps:
+            old = self._clocked.get(name, seconds / steps)
+            self._clocked[name] = 0.9 * old + 0.1 * seconds / steps
+        return seconds
+
     def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
         """See Worth. beside: what cheaper drafters have proposed for the same sequence already."""
-        if self._step_seconds[name] == 0.0:
+        drawn = draft.probs is not None
+        if self.steps is None and name not in self._clocked and not drawn:
             return True  # nobody knows yet what it costs: `prune` decides what is verified
         needed = self._needed(beside)
         if not len(draft):  # one answer for the whole batch, but for sequences that are served already
             if name not in self._starts:
-                self._starts[name] = self._starts_now(name)
-            return self._starts[name] and (needed == 1.0 or name in self._probing or self._pays(name, 1, needed))
+                self._starts[name] = self._starts_now(name, drawn)
+            pays = self._depth_of(name, needed) > 0 if drawn else self._pays(name, 1, needed)
+            return self._starts[name] and (needed == 1.0 or name in self._probing or pays)
         if name in self._probing:
             return False
+        if drawn:
+            return len(draft) < self._depth_of(name, needed)
         return self._pays(name, len(draft) + 1, self.chances(draft)[-1] * needed)
+
+    def _depth_of(self, name: str, needed: float) -> int:
+        """How many drawn drafts make the most tokens a second. needed: chance that none of the others' is accepted."""
+        if (name, needed) not in self._deep:
+            self._deep[name, needed] = max(
+                range(self.longest + 1),
+                key=lambda K: (
+                    (1 + needed * self._reached(name, K)) / (self.cost(self._batch * (1 + K)) + K * self._step(name))
+                ),
+            )
+        return self._deep[name, needed]
 
     def _needed(self, beside: Draft | None) -> float:
         """Chance that none of the others' first tokens is accepted: only then does another opinion help."""
@@ -172,10 +213,10 @@ class AdaptiveLength:
         first = [c for c, parent in zip(self.chances(beside), beside.parents, strict=True) if parent < 0]
         return max(1.0 - sum(first), 0.05)
 
-    def _starts_now(self, name: str) -> bool:
+    def _starts_now(self, name: str, drawn: bool) -> bool:
         if self._sit_out[name] > 0:
             return False
-        if self._pays(name, 1, 1.0):
+        if self._depth_of(name, 1.0) > 0 if drawn else self._pays(name, 1, 1.0):
             self._wait[name] = 1
             return True
         # looks hopeless: look again only now and then
@@ -186,7 +227,7 @@ class AdaptiveLength:
 
     def _pays(self, name: str, depth: int, reached: float) -> bool:
         """Whether one more step, reached with that chance, makes tokens faster than they come now."""
-        seconds = self._cheapest_row(self._batch * depth) + self._step_seconds[name]
+        seconds = self._cheapest_row(self._batch * depth) + self._step(name)
         return self._batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
 
     def _holds(self, name: str, depth: int) -> float:
@@ -196,20 +237,21 @@ class AdaptiveLength:
         accepted, tried = self._depth[(name, depth)]
         return accepted / tried
 
-    def chances(self, draft: Draft, blind: bool = False) -> list[float]:
-        """Probability of each drafted token to be accepted, its ancestors included.
-
-        blind: of tokens that were drawn, without a look at which. Who drops drafts for what was drawn keeps others than
-        were promised: those left are no longer draws from `probs`, and the text leaves the target's distribution.
+    def chances(self, draft: Draft) -> list[float]:
+        """Probability of each drafted token to be accepted, its ancestors included; of tokens that were drawn, and of
+        those below them, without a look at which they are.
         """
         out: list[float] = []
         depth: list[int] = []
+        blind: list[bool] = []
         for i, parent in enumerate(draft.parents):
             depth.append(1 if parent < 0 else depth[parent] + 1)
-            accepted, tried = self._table[self._key(draft, i, depth[i])]
-            given = (accepted + self.PRIOR * draft.confidence[i]) / (tried + self.PRIOR)
-            if blind and draft.probs is not None and draft.probs[i] is not None:
+            blind.append(draft.drawn(i) or (parent >= 0 and blind[parent]))
+            if blind[i]:
                 given = self._holds(draft.sources[i], min(depth[i], 6))
+            else:
+                accepted, tried = self._table[self._key(draft, i, depth[i])]
+                given = (accepted + self.PRIOR * draft.confidence[i]) / (tried + self.PRIOR)
             out.append(min(given, 0.999) * (1.0 if parent < 0 else out[parent]))
         return out
 
@@ -217,11 +259,17 @@ class AdaptiveLength:
         return (draft.sources[i], min(depth, 4), min(int(draft.confidence[i] * 8), 7))
 
     def prune(self, drafts: list[Draft], drafting_seconds: float) -> list[Draft]:
-        """Keep the likeliest rows, as many as make the most tokens a second; parents always come with children."""
+        """Keep the likeliest rows, as many as make the most tokens a second; parents always come with children. What
+        was drawn is kept: `worth` has decided how much is.
+        """
+        if any(draft.probs is not None for draft in drafts):
+            return drafts
+        if self.steps is not None:
+            drafting_seconds = max(self.steps.values(), default=0.0) * max(map(len, drafts), default=0)
         batch = len(drafts)
         ranked: list[list[tuple[int, float]]] = []
         for draft in drafts:
-            ranked.append(sorted(enumerate(self.chances(draft, blind=True)), key=lambda node: (-node[1], node[0])))
+            ranked.append(sorted(enumerate(self.chances(draft)), key=lambda node: (-node[1], node[0])))
         best, best_rate = 0, batch / (self.cost(batch) + drafting_seconds)
         gained = 0.0
         for m in range(1, max((len(r) for r in ranked), default=0) + 1):
@@ -242,7 +290,7 @@ class AdaptiveLength:
         best, best_gain = (0, 0), 0.0
         gain = 0.0  # of drafts of that many tokens, should they be there
         for masks in range(1, longest + 1):
-            seconds = (self.cost(batch * (1 + masks)) - self.cost(batch)) / batch + self._step_seconds[name] * masks
+            seconds = (self.cost(batch * (1 + masks)) - self.cost(batch)) / batch + self._step(name) * masks
             gain = max(gain, self._reached(name, masks) - self._rate * seconds)
             total = 0.0
             for groups in range(1, max(map(len, ends)) + 1):
@@ -286,37 +334,40 @@ class AdaptiveLength:
         names: dict[str, tuple[float, int]],
         rows: int,
         seconds: float | None = None,
+        shares: Sequence[dict[int, float]] = (),
     ) -> None:
         """After a verification. drafts: as proposed, before the pruning (what was thrown away may have been right).
         emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round. seconds: of the
-        whole round, by the clock.
+        whole round, by the clock. shares: of each sequence's drawn drafts that were reached, what `verify` says.
         """
+        drafting = sum(self._took(name, *spent) for name, spent in names.items())
         if seconds is not None:
-            self._correct(rows, len(emitted), sum(spent for spent, _ in names.values()), seconds)
-        for draft, tokens in zip(drafts, emitted, strict=True):
+            self._correct(rows, len(emitted), drafting, seconds)
+        for b, (draft, tokens) in enumerate(zip(drafts, emitted, strict=True)):
             accepted: set[int] = set()
             depth: list[int] = []
             for i, parent in enumerate(draft.parents):
                 depth.append(1 if parent < 0 else depth[parent] + 1)
                 if (parent >= 0 and parent not in accepted) or depth[i] > len(tokens):
                     continue  # never reached, so nothing was learned
-                if draft.tokens[i] == tokens[depth[i] - 1]:
+                held: float = draft.tokens[i] == tokens[depth[i] - 1]
+                if held:
                     accepted.add(i)
+                cells = [self._table[self._key(draft, i, depth[i])]]
+                if draft.drawn(i):
+                    if i not in shares[b]:
+                        continue  # a sibling before it was kept
+                    held, cells = shares[b][i], []
+                if held > 0.5:
                     for name in self._probing.intersection(draft.sources[i].split("+")):
                         self._wait[name], self._sit_out[name] = 1, 0  # a probe that held: look again soon
-                cells = [self._table[self._key(draft, i, depth[i])]]
                 for name in draft.sources[i].split("+"):
                     key = (name, min(depth[i], 6))
                     cells.append(self._depth.setdefault(key, [2 * self._holds(*key), 2.0]))
                 for cell in cells:
-                    cell[0] = cell[0] * self.FORGET + (i in accepted)
+                    cell[0] = cell[0] * self.FORGET + held
                     cell[1] = cell[1] * self.FORGET + 1.0
-        for name, (seconds, steps) in names.items():
-            if steps:
-                old = self._step_seconds[name]
-                self._step_seconds[name] = seconds / steps if old == 0.0 else 0.9 * old + 0.1 * seconds / steps
-        spent = self.cost(rows) + sum(seconds for seconds, _ in names.values())
-        self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / spent
+        self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / (self.cost(rows) + drafting)
 
     def _correct(self, rows: int, batch: int, drafting: float, seconds: float) -> None:
         """What the clock says of a round, beside what the curve does."""

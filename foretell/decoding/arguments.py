@@ -14,7 +14,7 @@ from foretell.decoding.lookup import PromptLookup
 from foretell.decoding.policies import SPANS, check_policy
 from foretell.decoding.spans import span_drafts, threshold_of
 from foretell.decoding.trees import Tree, check_tree
-from foretell.types import Drafter
+from foretell.types import Drafter, Warp
 
 LAYOUTS = ("linear", "quadratic", "auto", "two_pass")
 # what transformers' generate takes and does not hand on to a custom_generate
@@ -110,14 +110,18 @@ class Plan:
             slots=slots,
         )
 
-    def drafters(self, mtp: Any, space: Any, sample: bool) -> Drafter | None:
-        """Who drafts in this workspace, with the module's part set up; sample: whether its drafts are drawn."""
+    def drafters(self, mtp: Any, space: Any, warp: Warp | None) -> Drafter | None:
+        """Who drafts in this workspace, with the module's part set up; warp: what drawn drafts go through, None where
+        it drafts by argmax.
+        """
         if self.length == 0:
             return None
         drafter = self.drafter
         if isinstance(drafter, str):
             names = sorted(drafter.split("+"), key=lambda name: name != "lookup")  # what costs nothing proposes first
-            own: Any = mtp.drafter(space, sample) if "mtp" in names else None
+            own: Any = mtp.drafter(space, warp is not None) if "mtp" in names else None
+            if own is not None:
+                own.warp = warp
             if own is not None and mtp.module.guesses_trees:
                 own.tree = self.tree
             if own is not None and mtp.module.lays_masks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.generation import stopping_criteria as sc
 from transformers.utils import ModelOutput
 
 from foretell.decoding.arguments import OWN, Plan, open_to_transformers
+from foretell.decoding.policies import LOSSY
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.models.slot_cache import CACHE_NAMES
@@ -37,9 +38,16 @@ class MTPGenerateOutput(ModelOutput):
 
 
 class Finish:
-    """Stopping criteria of transformers, asked after every token; end tokens and lengths without a tensor."""
+    """Stopping criteria of transformers, asked after every token; end tokens and lengths without a tensor.
 
-    def __init__(self, criteria: list, batch: int) -> None:
+    pads: transformers fills up a text that has ended only if there is an end token. Without one, texts that a stop
+    string ends go on until all have ended.
+    """
+
+    def __init__(self, criteria: list, batch: int, device: torch.device) -> None:
+        self.batch, self.device = batch, device
+        self.ended: dict[int, int] = {}  # width at which each row of the batch ended
+        self.pads = batch == 1 or any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.max_length: int | None = None
         self.eos: set[int] = set()
         self.others: list = []
@@ -56,12 +64,30 @@ class Finish:
 
     def __call__(self, sequence: SequenceState) -> bool:
         """Whether the sequence's newest token ends it."""
-        if sequence.tokens[-1] in self.eos or len(sequence.tokens) + sequence.left_padding >= self.max_length:
-            return True
+        length = len(sequence.padding) + len(sequence.tokens)
+        done = sequence.tokens[-1] in self.eos or length >= self.max_length
         if self.others:
-            text = torch.tensor([[sequence.pad_token_id] * sequence.left_padding + sequence.tokens])
-            return any(bool(torch.as_tensor(criterion(text, None)).all()) for criterion in self.others)
-        return False
+            text = torch.tensor([sequence.padding + sequence.tokens], device=self.device)
+            answers = [criterion(text, None) for criterion in self.others]  # each is asked, as transformers asks
+            done = done or any(bool(torch.as_tensor(answer).all()) for answer in answers)
+        if done:
+            self.ended.setdefault(sequence.index, length)
+        if self.pads or length >= self.max_length:
+            return done
+        return len(self.ended) == self.batch and length >= max(self.ended.values())
+
+    def trim(self, sequences: list[SequenceState]) -> None:
+        """Cut what goes on beyond the width of transformers' output."""
+        for sequence in sequences:
+            extra = len(sequence.padding) + len(sequence.tokens) - max(self.ended.values())
+            del sequence.tokens[len(sequence.tokens) - max(extra, 0) :]
+            while extra > 0:
+                last = sequence.record.pop()
+                kept = max(last.emitted - extra, 0)
+                extra -= last.emitted - kept
+                if kept:
+                    accepted, sources = min(last.accepted, kept), last.sources[:kept]
+                    sequence.record.append(replace(last, accepted=accepted, emitted=kept, sources=sources))
 
 
 def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
@@ -133,14 +159,18 @@ class MTPGenerate:
         if streamer is not None and B > 1:
             raise ValueError(f"a streamer takes one sequence; got a batch of {B}.")
         sample = bool(generation_config.do_sample)
-        sequences = _sequences(input_ids_BT, model_kwargs, _pad_token(generation_config))
-        scores, finish = RowScores(logits_processor, sample), Finish(stopping_criteria, B)
+        sequences = _sequences(input_ids_BT, model_kwargs)
+        scores, finish = RowScores(logits_processor, sample, plan.generator), Finish(stopping_criteria, B, mtp.device)
+        warp = scores.warp if plan.drawn and sample else None
         with mtp.workspace() as space:
             length: Any = plan.length
             if length == "auto" or (plan.layout == "auto" and length):
-                length = mtp.adaptive(space, plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold)
+                drawn = warp is not None or not isinstance(plan.drafter, str)
+                counted = sample and (drawn or plan.policy in LOSSY)  # lengths have a say in the text
+                how = (plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold, counted)
+                length = mtp.adaptive(space, *how)
                 length.begin()
-            drafter = plan.drafters(mtp, space, plan.drawn and sample)
+            drafter = plan.drafters(mtp, space, warp)
             stats = space.decoder(mtp.target, drafter, plan.policy, self.watchers).run(
                 sequences,
                 scores,
@@ -151,13 +181,14 @@ class MTPGenerate:
                 confidence_threshold=plan.threshold,
                 reference=mtp.reference,
                 slots=plan.slots,
-                generator=plan.generator,
+                generator=plan.generator if scores.dice is None else scores.dice.generator(mtp.device),
                 emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
                 leave=self.leave,
                 stop_admitting=self.stop_admitting,
             )
         if streamer is not None:
             streamer.end()
+        finish.trim(sequences)
         width = max(len(s.new_tokens) for s in sequences)
         new_BT = torch.full((B, width), _pad_token(generation_config), dtype=input_ids_BT.dtype)
         for sequence in sequences:
@@ -166,7 +197,7 @@ class MTPGenerate:
         return MTPGenerateOutput(sequences=out, stats=stats) if generation_config.return_dict_in_generate else out
 
 
-def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any], pad: int) -> list[SequenceState]:
+def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any]) -> list[SequenceState]:
     """The rows of the caller's batch, without their left padding."""
     T, mask_BT = input_ids_BT.shape[1], model_kwargs.get("attention_mask")
     mask_BT = torch.ones_like(input_ids_BT) if mask_BT is None else mask_BT
@@ -183,7 +214,7 @@ def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any], pad: int) -> 
                 f"attention_mask of row {index} must be zeros (left padding) then ones, at least one: got {mask}. "
                 "Set padding_side='left' in the tokenizer."
             )
-        sequences.append(SequenceState(ids[left:], T - left, index, left_padding=left, pad_token_id=pad))
+        sequences.append(SequenceState(ids[left:], T - left, index, padding=ids[:left]))
     _check_positions(model_kwargs.get("position_ids"), mask_BT)
     return sequences
 

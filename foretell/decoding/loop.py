@@ -163,7 +163,8 @@ class Run:
         if self.adaptive is not None:
             told = [[*(d.tokens[i] for i in v.path), v.token] for d, v in zip(drafts, verdicts, strict=True)]
             spent = time.perf_counter() - start
-            self.adaptive.learn(proposed, told, drafting, len(active) * R, spent)
+            shares = [verdict.shares for verdict in verdicts]
+            self.adaptive.learn(proposed, told, drafting, len(active) * R, spent, shares)
         return emitted
 
     def _read(
@@ -267,11 +268,8 @@ class Run:
         if scores.plain and policy == "lossless":
             argmax = logits_BRV.argmax(-1).tolist()
             return [verify_greedy(d, argmax[b][: 1 + len(d)]) for b, d in enumerate(drafts)]
-        verdicts = []
-        for b, (sequence, draft) in enumerate(zip(active, drafts, strict=True)):
-            scores_RV = scores(sequence, draft, logits_BRV[b, : 1 + len(draft)])
-            verdicts.append(verify(draft, scores_RV, scores.do_sample, self.rules.generator, policy))
-        return verdicts
+        uniform_BR = scores.uniform(active, drafts, logits_BRV)
+        return verify(drafts, scores.rows(active, drafts, logits_BRV), uniform_BR, policy)
 
     def _emit(self, sequence: SequenceState, draft: Draft, verdict: Verdict) -> list[int]:
         """Append the accepted tokens and the target's own, one by one, up to the first that ends the sequence."""

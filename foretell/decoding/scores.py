@@ -1,23 +1,32 @@
-"""transformers' logits processors, applied to the rows of a draft as if each were the end of its own text."""
+"""transformers' logits processors, applied to the rows of a draft as if each were the end of its own text.
 
-# R rows of one sequence (its last token, then its drafts), V vocabulary.
+A draft's rows may be refused, and rows of a batch are at different places of their texts. So beside drafts only those
+processors can stand that are functions of one row's ids and scores: those of transformers that are known to be, and
+those that say so of themselves with an attribute `of_one_text = True`.
+"""
+
+# B sequences, R rows of each (its last token, then its drafts), N rows, V vocabulary.
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as lp
+from transformers.generation import stopping_criteria as sc
 
+from foretell.ops.sampling import Dice
 from foretell.types import Draft, SequenceState
 
-# these look at the scores only, so that all rows can go through them together
-_PREFIX_FREE = (
+# these look at the scores only, so that all rows can go through them together. Exact types: a subclass may do more
+_OF_SCORES = {
     lp.TemperatureLogitsWarper,
     lp.TopKLogitsWarper,
     lp.TopPLogitsWarper,
+    lp.TopHLogitsWarper,
     lp.MinPLogitsWarper,
     lp.TypicalLogitsWarper,
     lp.EpsilonLogitsWarper,
@@ -25,42 +34,83 @@ _PREFIX_FREE = (
     lp.SuppressTokensLogitsProcessor,
     lp.LogitNormalization,
     lp.InfNanRemoveLogitsProcessor,
-)
-# these call the model, keep state from step to step, or ask which row of the batch they stand in
-_REFUSED = (
-    lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    lp.PrefixConstrainedLogitsProcessor,
-    lp.SynthIDTextWatermarkLogitsProcessor,
-    lp.EncoderRepetitionPenaltyLogitsProcessor,
-    lp.EncoderNoRepeatNGramLogitsProcessor,
-)
+}
+_OF_ONE_TEXT = _OF_SCORES | {
+    lp.MinLengthLogitsProcessor,
+    lp.MinNewTokensLengthLogitsProcessor,
+    lp.RepetitionPenaltyLogitsProcessor,
+    lp.NoRepeatNGramLogitsProcessor,
+    lp.SequenceBiasLogitsProcessor,
+    lp.NoBadWordsLogitsProcessor,
+    lp.ForcedBOSTokenLogitsProcessor,
+    lp.ForcedEOSTokenLogitsProcessor,
+    lp.ExponentialDecayLengthPenalty,
+    lp.SuppressTokensAtBeginLogitsProcessor,
+    lp.WatermarkLogitsProcessor,
+    sc.MaxLengthCriteria,
+    sc.EosTokenCriteria,
+    sc.MaxTimeCriteria,
+    sc.StopStringCriteria,
+}
+
+
+def of_more_than_one_text(given: Iterable[Any] | None) -> list[str]:
+    """Names of the logits processors or stopping criteria that may look at the batch, or keep state between calls."""
+    others = [x for x in given or [] if type(x) not in _OF_ONE_TEXT and getattr(x, "of_one_text", False) is not True]
+    return [getattr(x, "__name__", type(x).__name__) for x in others]
 
 
 class RowScores:
-    """Processed scores of draft rows. `plain` says that raw logits already decide (greedy, no processor)."""
+    """Processed scores of draft rows, and the numbers to draw with. `plain` says that raw logits already decide
+    (greedy, no processor).
+    """
 
-    def __init__(self, processors: list | None, do_sample: bool) -> None:
+    def __init__(self, processors: list | None, do_sample: bool, generator: torch.Generator | None = None) -> None:
         self.processors = list(processors or [])
         self.do_sample = do_sample
-        refused = [type(p).__name__ for p in self.processors if isinstance(p, _REFUSED)]
-        if refused:
-            raise ValueError(
-                f"foretell's generate cannot honour: {', '.join(refused)} (needs the model, the batch or its own "
-                "state at each step, which rows of a draft do not have). Leave it out, or call model.generate "
-                "without foretell."
-            )
+        self.dice = Dice(generator) if do_sample else None
         self.plain = not self.processors and not do_sample
-        self.prefix_free = all(isinstance(p, _PREFIX_FREE) for p in self.processors)
+        self.prefix_free = all(type(p) in _OF_SCORES for p in self.processors)
+
+    def warp(self, scores_NV: Tensor) -> Tensor:
+        """Through those processors that look at scores alone."""
+        for processor in self.processors:
+            if type(processor) in _OF_SCORES:
+                scores_NV = processor(None, scores_NV)
+        return scores_NV
+
+    def uniform(self, sequences: Sequence[SequenceState], drafts: Sequence[Draft], logits_BRV: Tensor) -> Tensor | None:
+        """[B, R] a number for each row's draw; None where nothing is drawn. Rows of one depth share theirs."""
+        if self.dice is None:
+            return None
+        numbers = []
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            place = len(sequence.tokens) - sequence.prompt_length
+            depths = [place]
+            for parent in draft.parents:
+                depths.append(depths[parent + 1] + 1)
+            depths += [place] * (logits_BRV.shape[1] - len(depths))
+            numbers.append([self.dice(sequence.index, depth) for depth in depths])
+        return torch.tensor(numbers, dtype=torch.float64, device=logits_BRV.device)
+
+    def rows(self, sequences: Sequence[SequenceState], drafts: Sequence[Draft], logits_BRV: Tensor) -> Tensor:
+        """[B, R, V] of all sequences; rows beyond a draft's end mean nothing."""
+        scores_BRV = logits_BRV.float()
+        if self.prefix_free:
+            return self.warp(scores_BRV.flatten(0, 1)).view_as(scores_BRV)
+        out = [
+            torch.cat([self(sequence, draft, scores_RV[: 1 + len(draft)]), scores_RV[1 + len(draft) :]])
+            for sequence, draft, scores_RV in zip(sequences, drafts, scores_BRV, strict=True)
+        ]
+        return torch.stack(out)
 
     def __call__(self, sequence: SequenceState, draft: Draft, logits_RV: Tensor) -> Tensor:
         """[R, V] raw logits -> processed scores in fp32, as transformers' sampling computes them."""
         scores_RV = logits_RV.float()
         if self.prefix_free:
-            for processor in self.processors:
-                scores_RV = processor(None, scores_RV)
-            return scores_RV
+            return self.warp(scores_RV)
         rows = []
-        before = [sequence.pad_token_id] * sequence.left_padding + sequence.tokens
+        before = sequence.padding + sequence.tokens
         for row in range(len(draft) + 1):
             path, node = [], row - 1
             while node >= 0:
@@ -77,9 +127,10 @@ class RowScores:
 def _of_row(processor: Any, sequence: SequenceState) -> Any:
     """The processor for one row of the batch: transformers gives the repetition penalty a number of padding tokens a
     row."""
-    ignore = getattr(processor, "prompt_ignore_length", None)
-    if not isinstance(processor, lp.RepetitionPenaltyLogitsProcessor) or not isinstance(ignore, Tensor):
+    if type(processor) is not lp.RepetitionPenaltyLogitsProcessor or not isinstance(
+        processor.prompt_ignore_length, Tensor
+    ):
         return processor
     own = copy.copy(processor)
-    own.prompt_ignore_length = ignore[sequence.index : sequence.index + 1]
+    own.prompt_ignore_length = processor.prompt_ignore_length[sequence.index : sequence.index + 1]
     return own

@@ -148,8 +148,10 @@ class SpanLength(AdaptiveLength):
     (static k), so that costs alone decide. masks: whether offers are rows of the target's forward.
     """
 
-    def __init__(self, curve: CostCurve, longest: int, certain: bool, masks: bool) -> None:
-        super().__init__(curve, longest)
+    def __init__(
+        self, curve: CostCurve, longest: int, certain: bool, masks: bool, steps: dict[str, float] | None = None
+    ) -> None:
+        super().__init__(curve, longest, steps)
         self.certain, self.masks = certain, masks
 
     def span(self, batch: int) -> int:
@@ -172,7 +174,7 @@ class SpanLength(AdaptiveLength):
             reached *= self._held(k)
             tokens += reached
             rows += self._anyone(reached)
-        seconds = self.cost(self._batch * (rows + K * self.masks)) + steps * self._step_seconds["spans"]
+        seconds = self.cost(self._batch * (rows + K * self.masks)) + steps * self._step("spans")
         return self._batch * tokens / seconds
 
     def _held(self, k: int) -> float:
@@ -193,10 +195,7 @@ class SpanLength(AdaptiveLength):
                 cell = self._depth.setdefault(("spans", k), [2 * self._held(k), 2.0])
                 cell[0] = cell[0] * self.FORGET + (count >= k)
                 cell[1] = cell[1] * self.FORGET + 1.0
-        self._correct(rows, batch, drafting, seconds)
-        if steps:
-            old = self._step_seconds["spans"]
-            self._step_seconds["spans"] = drafting / steps if old == 0.0 else 0.9 * old + 0.1 * drafting / steps
+        self._correct(rows, batch, self._took("spans", drafting, steps), seconds)
 
 
 def threshold_of(policy: str, threshold: float | None) -> float | None:

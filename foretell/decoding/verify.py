@@ -5,7 +5,7 @@ samples, distributed as its samples. Every verification emits at least the token
 decoding goes on whatever was drafted. Pure tensors and lists: a statistical test needs no model.
 """
 
-# R = 1 + len(draft) rows of one sequence: row 0 is its last token, row i + 1 is draft token i. V vocabulary.
+# B sequences, R rows of each: row 0 is its last token, row i + 1 its draft token i. N places of drafts, V vocabulary.
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foretell.decoding.policies import SPANS, check_policy, typical_thresholds
-from foretell.ops.sampling import draw, to_probs
+from foretell.ops.sampling import take, to_probs
 from foretell.types import Draft, Verdict
 
 
@@ -44,112 +44,129 @@ def verify_greedy(draft: Draft, argmax: Sequence[int]) -> Verdict:
 
 
 def verify(
-    draft: Draft,
-    scores_RV: Tensor,
-    do_sample: bool,
-    generator: torch.Generator | None = None,
-    policy: str = "lossless",
-) -> Verdict:
-    """Decide which drafts of one sequence stay.
+    drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None = None, policy: str = "lossless"
+) -> list[Verdict]:
+    """Decide which drafts of each sequence stay. The device is read once or twice, however many sequences there are.
 
     Args:
-        draft: proposed tokens, a tree. Where draft.probs holds a row, that token must have been SAMPLED from it (given
-            the siblings before it); where it holds None the token was chosen (argmax, lookup).
-        scores_RV: [R, V] the target's scores after logits processors and warpers, as transformers' generate has them.
-        do_sample: sample from the target; otherwise take its argmax.
-        generator: on the scores' device.
+        drafts: proposed tokens, a tree a sequence. Where draft.probs holds a row, that token must have been SAMPLED
+            from it (given the siblings before it), and whether it is here must not depend on its value; where it holds
+            None the token was chosen (argmax, lookup).
+        scores_BRV: the target's scores after logits processors and warpers, as transformers' generate has them; R is 1
+            + the longest draft, further rows are not looked at.
+        uniform_BR: for sampling, a random number in [0, 1) for each row; rows of one depth may share theirs. None takes
+            the target's argmax.
         policy: see policies.py.
 
     Raises:
-        ValueError: unknown policy, one that verifies nothing, or scores and draft of different lengths.
+        ValueError: unknown policy, one that verifies nothing, or scores and drafts of different lengths.
     """
     check_policy(policy)
     if policy in SPANS:
         raise ValueError(f"policy {policy!r} commits spans unverified: decode with spans.SpanDecoder.")
-    if scores_RV.dim() != 2 or len(scores_RV) != 1 + len(draft):
+    rows = 1 + max(map(len, drafts))
+    if scores_BRV.dim() != 3 or scores_BRV.shape[0] != len(drafts) or scores_BRV.shape[1] < rows:
         raise ValueError(
-            f"got scores of shape {tuple(scores_RV.shape)} for {len(draft)} drafts, wanted [{1 + len(draft)}, V]: "
-            "the last token's row first, then one a draft."
+            f"got scores of shape {tuple(scores_BRV.shape)} for {len(drafts)} sequences of at most {rows - 1} drafts, "
+            f"wanted [{len(drafts)}, {rows}, V]: the last token's row first, then one a draft."
         )
     if policy == "typical":
-        return _verify_typical(draft, scores_RV, do_sample, generator)
-    if not do_sample:
-        return verify_greedy(draft, scores_RV.argmax(dim=-1).tolist())
-    return _verify_sampling(draft, scores_RV, generator)
+        return _verify_typical(drafts, scores_BRV, uniform_BR)
+    if uniform_BR is None:
+        choices = scores_BRV.argmax(-1).tolist()
+    elif any(draft.drawn(i) for draft in drafts for i in range(len(draft))):
+        return _verify_drawn(drafts, to_probs(scores_BRV, do_sample=True), uniform_BR)
+    else:
+        # the target's own draw at each row: a chosen token is kept as often as it would have been drawn, and the text
+        # is what it would have been without drafts
+        probs_BRV = to_probs(scores_BRV, do_sample=True)
+        choices = take(probs_BRV.flatten(0, 1), uniform_BR.flatten()).view(uniform_BR.shape).tolist()
+    return [verify_greedy(d, row[: 1 + len(d)]) for d, row in zip(drafts, choices, strict=True)]
 
 
-def _verify_sampling(draft: Draft, scores_RV: Tensor, generator: torch.Generator | None) -> Verdict:
-    """Rejection sampling down the tree. With one child a node, this is Leviathan et al. 2023 (arXiv 2211.17192),
+def _verify_drawn(drafts: Sequence[Draft], probs_BRV: Tensor, uniform_BR: Tensor) -> list[Verdict]:
+    """Rejection sampling down the trees. With one child a node, this is Leviathan et al. 2023 (arXiv 2211.17192),
     algorithm 1; with several, SpecInfer's multi-step speculative sampling (arXiv 2305.09781, section 4.3).
+
+    Parents come first, so one walk over the drafts' places meets the accepted path in order, in all sequences at once.
     """
-    children = _children(draft)
-    path: list[int] = []
-    at = -1
-    while True:
-        p_V = to_probs(scores_RV[at + 1][None], do_sample=True)[0]
-        for child in children[at]:
-            kept, p_V = _accept(draft.tokens[child], _drafted_from(draft, child), p_V, generator)
-            if kept:
-                path.append(child)
-                at = child
-                break
-        else:  # a leaf, or all children refused: p_V is what they have left over
-            return Verdict(path, int(draw(p_V[None], generator)))
+    B, device = len(drafts), probs_BRV.device
+    most = max(map(len, drafts))
+    parent_BN = torch.tensor([[p + 1 for p in d.parents] + [-1] * (most - len(d)) for d in drafts], device=device)
+    token_BN = torch.tensor([[*d.tokens, *[0] * (most - len(d))] for d in drafts], device=device)
+    at_B = torch.zeros(B, dtype=torch.long, device=device)
+    p_BV, uniform_B = probs_BRV[:, 0], uniform_BR[:, 0].double()
+    kept_NB, share_NB = [], []
+    for i in range(most):
+        q_BV = torch.zeros_like(p_BV).scatter_(1, token_BN[:, i, None], 1.0)
+        drawn = [b for b, d in enumerate(drafts) if len(d) > i and d.probs is not None and d.probs[i] is not None]
+        if drawn:
+            q_BV[drawn] = torch.stack([drafts[b].probs[i] for b in drawn]).to(q_BV)  # type: ignore[index, misc]
+        reached_B = parent_BN[:, i] == at_B
+        share_NB.append(torch.minimum(p_BV, q_BV).sum(-1))
+        accepted_B, left_BV, left_B = _accept(p_BV, q_BV, token_BN[:, i], uniform_B)
+        kept_B, refused_B = reached_B & accepted_B, reached_B & ~accepted_B
+        p_BV = torch.where(kept_B[:, None], probs_BRV[:, i + 1], torch.where(refused_B[:, None], left_BV, p_BV))
+        uniform_B = torch.where(kept_B, uniform_BR[:, i + 1].double(), torch.where(refused_B, left_B, uniform_B))
+        at_B = torch.where(kept_B, i + 1, at_B)
+        # 2: reached and kept, 1: reached
+        kept_NB.append(reached_B.long() + kept_B.long())
+    # a leaf, or all children refused: p is what they have left over
+    told = torch.stack([take(p_BV, uniform_B), *kept_NB], dim=1).tolist()
+    shares = torch.stack(share_NB, dim=1).tolist()
+    verdicts = []
+    for draft, (token, *fates), shares_N in zip(drafts, told, shares, strict=True):
+        reached = [i for i, fate in enumerate(fates) if fate]
+        drawn_shares = {i: shares_N[i] for i in reached if draft.drawn(i)}
+        verdicts.append(Verdict([i for i in reached if fates[i] == 2], token, drawn_shares))
+    return verdicts
 
 
-def _accept(token: int, q_V: Tensor | None, p_V: Tensor, generator: torch.Generator | None) -> tuple[bool, Tensor]:
-    """(is the drafted token kept, the distribution that is left where it is not).
+def _accept(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(is the drafted token kept, the distribution that is left where it is not, the uniform number that is left).
 
     Keep it with probability min(1, p / q); where it is refused, the target's token follows max(p - q, 0) / its sum. So
     the token that is emitted in the end follows p. A chosen token has a one-hot q: kept with p(token), left out after.
+    A number known to lie between a and 1 is as good as a fresh one, stretched to [0, 1).
     """
-    q = 1.0 if q_V is None else float(q_V[token])
-    assert q > 0, f"draft token {token} was not sampled from its own distribution: its probability there is {q}"
-    uniform = torch.rand((), generator=generator, device=p_V.device)
-    if uniform * q < p_V[token]:
-        return True, p_V
-    if q_V is None:
-        left_V = p_V.clone()
-        left_V[token] = 0.0
-    else:
-        left_V = (p_V - q_V).clamp_(min=0)
-    mass = left_V.sum()
-    if mass <= 0:  # p and q are equal but for rounding: the token was certain to be kept
-        return True, p_V
-    return False, left_V / mass
+    p_B, q_B = (x_BV.gather(1, token_B[:, None])[:, 0].double() for x_BV in (p_BV, q_BV))
+    chance_B = torch.where(q_B > 0, p_B / q_B, 0.0).clamp(max=1.0)
+    left_BV = (p_BV - q_BV).clamp_(min=0)
+    mass_B = left_BV.sum(-1)
+    kept_B = (uniform_B < chance_B) | (mass_B <= 0)  # p and q are equal but for rounding: it was certain to be kept
+    left_B = (uniform_B - chance_B) / (1 - chance_B).clamp(min=1e-300)
+    return kept_B, left_BV / mass_B.clamp(min=1e-45)[:, None], left_B
 
 
-def _verify_typical(draft: Draft, scores_RV: Tensor, do_sample: bool, generator: torch.Generator | None) -> Verdict:
+def _verify_typical(drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None) -> list[Verdict]:
     """Medusa (arXiv 2401.10774), section 2.3.1: the longest path of typical drafts, the likelier of equals. Lossy.
 
     Medusa's candidates start with the target's own token; here that token ended the verification before, so all drafts
     face the rule. The token after them is again the target's own choice, as under "lossless".
     """
-    probs_RV = to_probs(scores_RV, do_sample=True)
-    threshold = typical_thresholds(probs_RV).tolist()
-    above = [parent + 1 for parent in draft.parents]  # row whose distribution speaks of a draft
-    probability = probs_RV[above, draft.tokens].tolist()
-    reached = {-1: (0, 0.0)}  # node: length and log-probability of its path
-    for i, parent in enumerate(draft.parents):
-        if parent in reached and probability[i] > threshold[above[i]]:
-            length, logp = reached[parent]
-            reached[i] = (length + 1, logp + math.log(probability[i]))
-    at = max(reached, key=lambda node: reached[node])
-    path = []
-    node = at
-    while node >= 0:
-        path.append(node)
-        node = draft.parents[node]
-    last = to_probs(scores_RV[at + 1][None], do_sample)
-    return Verdict(path[::-1], int(draw(last, generator) if do_sample else last.argmax()))
-
-
-def _children(draft: Draft) -> dict[int, list[int]]:
-    children: dict[int, list[int]] = {node: [] for node in range(-1, len(draft))}
-    for i, parent in enumerate(draft.parents):
-        children[parent].append(i)
-    return children
-
-
-def _drafted_from(draft: Draft, i: int) -> Tensor | None:
-    return None if draft.probs is None else draft.probs[i]
+    probs_BRV = to_probs(scores_BRV, do_sample=True)
+    thresholds = typical_thresholds(probs_BRV.flatten(0, 1)).view(probs_BRV.shape[:2]).tolist()
+    flat = probs_BRV.flatten(0, 1)
+    if uniform_BR is None:
+        choices = scores_BRV.argmax(-1).tolist()
+    else:
+        choices = take(flat, uniform_BR.flatten()).view(uniform_BR.shape).tolist()
+    R = probs_BRV.shape[1]
+    asked = [(b * R + p + 1, t) for b, d in enumerate(drafts) for p, t in zip(d.parents, d.tokens, strict=True)]
+    rows, tokens = [row for row, _ in asked], [token for _, token in asked]
+    likely = iter(flat[rows, tokens].tolist())
+    verdicts = []
+    for draft, threshold, choice in zip(drafts, thresholds, choices, strict=True):
+        reached = {-1: (0, 0.0)}  # node: length and log-probability of its path
+        for i, parent in enumerate(draft.parents):
+            probability = next(likely)
+            if parent in reached and probability > threshold[parent + 1]:
+                length, logp = reached[parent]
+                reached[i] = (length + 1, logp + math.log(probability))
+        at = node = max(reached, key=lambda one: reached[one])
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = draft.parents[node]
+        verdicts.append(Verdict(path[::-1], choice[at + 1]))
+    return verdicts

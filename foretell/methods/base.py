@@ -213,12 +213,6 @@ class MTPModule(nn.Module):
             small.bias = nn.Parameter(bias, requires_grad=False)
         return fast_view(nn.Sequential(small))[0]
 
-    def spread(self, probs_M: Tensor, target: Target) -> Tensor:
-        """[V]: a distribution over the draft vocabulary as one over all tokens."""
-        if self.draft_vocab_ids is None:
-            return probs_M
-        return probs_M.new_zeros(target.vocab_size).index_copy_(0, self.draft_vocab_ids, probs_M)
-
     def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The output head of a depth (1-based), as target_head; by default the target's own."""
         return self.target_head(target, detach)

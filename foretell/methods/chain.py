@@ -3,7 +3,7 @@
 And how a module reads what it has not read yet, prompts among it: a bounded number of rows at a time.
 """
 
-# B sequences, R rows of a forward, K depths, M draft vocabulary.
+# B sequences, R rows of a forward, K depths, M draft vocabulary, V vocabulary.
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from foretell.methods.base import MTPModule
 from foretell.models.attention import RowMasks
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
-from foretell.types import Draft, ModuleDrafter, SequenceState, Worth
+from foretell.ops.sampling import draw
+from foretell.types import Draft, ModuleDrafter, SequenceState, Warp, Worth
 
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
@@ -76,6 +77,7 @@ class OwnDrafter(ModuleDrafter):
 
     def __init__(self, module: MTPModule, target: Target, sample: bool) -> None:
         self.module, self.target, self.sample = module, target, sample
+        self.warp: Warp | None = None  # what drawn drafts' scores go through
         self._renew()
 
     @property
@@ -85,6 +87,18 @@ class OwnDrafter(ModuleDrafter):
 
     def _renew(self) -> None:
         """Storage as new."""
+
+    def proposals(self, logits_NM: Tensor) -> Tensor:
+        """[..., V] probabilities to draw drafts from: all tokens', through the caller's temperature, top-k, ..., as the
+        target's own are.
+        """
+        logits_NV = logits_NM.float()
+        if self.draft_vocab_ids is not None:
+            outside = logits_NV.new_full((*logits_NM.shape[:-1], self.target.vocab_size), float("-inf"))
+            logits_NV = outside.index_copy_(-1, self.draft_vocab_ids, logits_NV)
+        if self.warp is not None:
+            logits_NV = self.warp(logits_NV.flatten(0, -2)).view_as(logits_NV)
+        return probabilities(logits_NV)
 
     def another(self, sample: bool) -> OwnDrafter:
         """See ModuleDrafter."""
@@ -133,16 +147,18 @@ class ChainDrafter(OwnDrafter, ABC):
                     wanted[b] = k - 1
             if max(wanted) < k:
                 break
-            probs_BM = probabilities(self._step(sequences, drafts, k, wanted))
+            logits_BM = self._step(sequences, drafts, k, wanted)
+            probs_BV = None
             if self.sample:
-                chosen_B = torch.multinomial(probs_BM, 1, generator=self.generator)[:, 0]
-                confidence_B = probs_BM.gather(1, chosen_B[:, None])[:, 0]
+                probs_BV = self.proposals(logits_BM)
+                tokens_B = draw(probs_BV, self.generator)
+                confidence_B = probs_BV.gather(1, tokens_B[:, None])[:, 0]
             else:
-                confidence_B, chosen_B = probs_BM.max(dim=-1)
-            ids = self.module.draft_vocab_ids
-            tokens = (chosen_B if ids is None else ids[chosen_B]).tolist()
-            for b, (token, confidence) in enumerate(zip(tokens, confidence_B.tolist(), strict=True)):
+                confidence_B, tokens_B = probabilities(logits_BM).max(dim=-1)
+                ids = self.module.draft_vocab_ids
+                tokens_B = tokens_B if ids is None else ids[tokens_B]
+            for b, (token, confidence) in enumerate(zip(tokens_B.tolist(), confidence_B.tolist(), strict=True)):
                 if wanted[b] >= k:
-                    probs_V = self.module.spread(probs_BM[b], self.target) if self.sample else None
-                    drafts[b].add(token, len(drafts[b]) - 1, confidence, self.name, probs_V)
+                    row_V = None if probs_BV is None else probs_BV[b]
+                    drafts[b].add(token, len(drafts[b]) - 1, confidence, self.name, row_V)
         return drafts

@@ -24,6 +24,7 @@ from foretell.models.fast import fast_view
 from foretell.models.mtp_heads import HeadType, InitStrategy, MTPHead
 from foretell.models.slot_cache import SlotCache, SlotStorage
 from foretell.models.target import Target, TargetRows
+from foretell.ops.sampling import draw
 from foretell.types import Batch, Draft, SequenceState, Worth
 
 SHARED_FROM = 65536  # tokens: larger vocabularies share the target's output matrix unless told otherwise
@@ -254,10 +255,11 @@ class HeadsDrafter(OwnDrafter):
         if depth == 0:
             return drafts
         self.calls += 1
-        probs_BKM = probabilities(self._logits(sequences, depth))
+        logits_BKM = self._logits(sequences, depth)
         if self.sample:
-            self._draw(drafts, probs_BKM, asked)
+            self._draw(drafts, logits_BKM, asked)
             return drafts
+        probs_BKM = probabilities(logits_BKM)
         guesses = GUESSES if worth is not None else max((c[-1] + 1 for c in self.tree), default=1) if self.tree else 1
         best = probs_BKM.topk(min(guesses, probs_BKM.shape[-1]), dim=-1)
         ids = self.module.draft_vocab_ids
@@ -289,14 +291,13 @@ class HeadsDrafter(OwnDrafter):
                     draft.add(token, parent, chance, self.name)
             parent = first
 
-    def _draw(self, drafts: list[Draft], probs_BKM: Tensor, asked: list[int]) -> None:
-        ids = self.module.draft_vocab_ids
-        for b, draft in enumerate(drafts):
+    def _draw(self, drafts: list[Draft], logits_BKM: Tensor, asked: list[int]) -> None:
+        probs_BKV = self.proposals(logits_BKM)
+        drawn_BK = draw(probs_BKV.flatten(0, 1), self.generator).view(probs_BKV.shape[:2])
+        sure_BK = probs_BKV.gather(2, drawn_BK[..., None])[..., 0].tolist()
+        for b, (draft, tokens) in enumerate(zip(drafts, drawn_BK.tolist(), strict=True)):
             for k in range(asked[b]):
-                probs_M = probs_BKM[b, k]
-                chosen = int(torch.multinomial(probs_M, 1, generator=self.generator))
-                token, confidence = chosen if ids is None else int(ids[chosen]), float(probs_M[chosen])
-                draft.add(token, k - 1, confidence, self.name, self.module.spread(probs_M, self.target))
+                draft.add(tokens[k], k - 1, sure_BK[b][k], self.name, probs_BKV[b, k])
 
     def _logits(self, sequences: Sequence[SequenceState], depth: int) -> Tensor:
         """[B, depth, M]: what each head says at each sequence's newest state."""

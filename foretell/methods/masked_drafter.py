@@ -25,6 +25,7 @@ from foretell.methods.chain import ChainDrafter, probabilities
 from foretell.models.fast import fast_view
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
+from foretell.ops.sampling import draw
 from foretell.types import Draft, SequenceState, Worth
 
 Layout = Literal["linear", "quadratic", "auto", "two_pass"]
@@ -106,17 +107,19 @@ class MaskedDrafter(ChainDrafter):
         if self.layout != "two_pass" or not any(lengths):
             return drafts
         if worth is None or any([worth(self.name, b, draft) for b, draft in enumerate(drafts)]):
-            for draft, length, (token, probability) in zip(drafts, lengths, self._look(sequences), strict=True):
+            for draft, length, (token, probability, row_V) in zip(
+                drafts, lengths, self._look(sequences), strict=True
+            ):
                 if length:
-                    draft.add(token, -1, probability, self.name)
+                    draft.add(token, -1, probability, self.name, row_V)
         else:
             self._states = [None] * len(self._states)
         return drafts
 
-    def _look(self, sequences: Sequence[SequenceState]) -> list[tuple[int, float]]:
+    def _look(self, sequences: Sequence[SequenceState]) -> list[tuple[int, float, Tensor | None]]:
         """A pass of its own: each sequence's last token, which gives the next one exactly, and the masks below it.
 
-        The target's own next token of each sequence, and its probability.
+        The target's own next token of each sequence, its probability and, where drafts are drawn, what it is drawn of.
         """
         self._seed_noise()
         K, device = self.masks, self.target.device
@@ -128,12 +131,15 @@ class MaskedDrafter(ChainDrafter):
         rows = self.target.forward_rows(
             ids_BR, lengths_B, self._cache, visible=visible, steps_BR=step_BR, read_as=read_as
         )
-        probs_BV = probabilities(self.target.logits(rows.post_norm_BRD[:, 0], view=True))
-        best_B, token_B = probs_BV.max(-1)
+        logits_BV = self.target.logits(rows.post_norm_BRD[:, 0], view=True).float()
+        probs_BV = probabilities(self.warp(logits_BV) if self.sample and self.warp is not None else logits_BV)
+        token_B = draw(probs_BV, self.generator) if self.sample else probs_BV.argmax(-1)
+        sure_B = probs_BV.gather(1, token_B[:, None])[:, 0]
         for b, sequence in enumerate(sequences):
             self._states[sequence.slot] = rows.post_norm_BRD[b, 1:]
         self.calls += 1
-        return list(zip(token_B.tolist(), best_B.tolist(), strict=True))
+        rows_V = probs_BV.unbind() if self.sample else [None] * len(sequences)
+        return list(zip(token_B.tolist(), sure_B.tolist(), rows_V, strict=True))
 
     def _seed_noise(self) -> None:
         assert self.target.mask_rows is not None, "a masked module has given the target its mask rows"

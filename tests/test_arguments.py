@@ -9,8 +9,17 @@ import pytest
 import torch
 from drafters import knowing_mtp, leaning_model
 from test_decode import Recorder, tokenizer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+)
+from transformers.generation import logits_process as lp
 
 import foretell
+from foretell.decoding.generate import refuse_unsupported
 from foretell.mtp import MTPModel
 
 IDS = torch.arange(10, 28).view(2, 9)
@@ -96,3 +105,169 @@ def test_another_models_generate_is_refused():
 def test_a_mask_of_another_width_is_refused(door):
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 7\)|attention_mask"):
         through(door, attention_mask=torch.ones(2, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 0))
+
+
+# -- processors and criteria -------------------------------------------------------------------------------------------
+
+
+class Brackets(LogitsProcessor):
+    """A grammar with a state: tokens 10-39 open, 40-69 close, never below 0 nor above 3 deep."""
+
+    def __init__(self) -> None:
+        self.depth: int | None = None
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.depth = 0 if self.depth is None else self.depth + (1 if 10 <= int(ids[0, -1]) < 40 else -1)
+        keep = torch.zeros(97, dtype=torch.bool)
+        keep[10:40], keep[40:70] = self.depth < 3, self.depth > 0
+        return scores.masked_fill(~keep, -torch.inf)
+
+
+class RowBias(LogitsProcessor):
+    """Another bias for each row of the batch."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        for row in range(len(scores)):
+            scores[row, 40 + row] += 5.0
+        return scores
+
+
+class Pushed(lp.TemperatureLogitsWarper):
+    """A warper's subclass that reads the text."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.scatter_add(1, (ids[:, -1:] * 7 + 3) % 97, torch.full_like(scores[:, :1], 40.0))
+
+
+class LongestRow(StoppingCriteria):
+    """Looks at the whole batch: all stop together, as soon as any row says a small token."""
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(ids),), bool((ids[:, 9 + 3 :] < 30).any()))
+
+
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "grammar": {"logits_processor": [Brackets]},
+    "row bias": {"logits_processor": [RowBias]},
+    "subclass": {"logits_processor": [lambda: Pushed(0.7)]},
+    "synthid": {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[3, 5, 7])},
+    "encoder penalty": {"encoder_repetition_penalty": 3.0},
+    "encoder n-grams": {"encoder_no_repeat_ngram_size": 1},
+    "prefix function": {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 6 + int(ids[-1]) % 5, 30]},
+    "guidance": {"guidance_scale": 1.7},
+    "whole batch": {"stopping_criteria": [LongestRow]},
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_may_know_more_than_one_text_runs_in_order_or_is_refused(case, door):
+    """Without drafts it is called as transformers calls it; beside drafts it is refused by name."""
+
+    def settings() -> dict[str, Any]:
+        made = {}
+        for name, value in UNKNOWN[case].items():
+            made[name] = [make() for make in value] if isinstance(value, list) else value
+        if isinstance(made.get("logits_processor"), list):
+            made["logits_processor"] = LogitsProcessorList(made["logits_processor"])
+        return made
+
+    ids = IDS[:1] if case == "grammar" else IDS
+    wanted = mtp().model.generate(ids, max_new_tokens=12, do_sample=False, **settings())
+    assert wanted.tolist() != mtp().model.generate(ids, max_new_tokens=12, do_sample=False).tolist()
+    out = through(door, ids, num_draft_tokens=0, return_dict_in_generate=True, **settings())
+    assert out.sequences.tolist() == wanted.tolist()
+    assert out.stats.lossless and [sum(e) for e in out.stats.emitted] == [wanted.shape[1] - 9] * len(ids)
+    for n in (1, 3, "auto"):
+        with pytest.raises(ValueError, match="cannot honour: .* beside drafts"):
+            through(door, ids, num_draft_tokens=n, **settings())
+
+
+def test_a_seed_holds_for_processors_in_order():
+    def text(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        settings = {"do_sample": True, "logits_processor": LogitsProcessorList([RowBias()]), "num_draft_tokens": 0}
+        return through("mtp", generator=generator, **settings).tolist()
+
+    first = text(4)
+    assert text(4) == first != text(5)
+
+
+def test_who_says_that_it_knows_one_text_only_is_believed():
+    """Marked processors and criteria run beside drafts; functions can be marked too."""
+
+    def shifts(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.scatter_add(1, (ids[:, -1:] * 7 + 3) % 97, torch.full_like(scores[:, :1], 40.0))
+
+    def small(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return ids[:, -1] < 12
+
+    shifts.of_one_text = small.of_one_text = True  # type: ignore[attr-defined]
+    marked = Pushed(0.7)
+    marked.of_one_text = True  # type: ignore[attr-defined]
+    for processor in (shifts, marked):
+        settings = {"logits_processor": LogitsProcessorList([processor]), "stopping_criteria": [small]}
+        settings |= {"eos_token_id": 2, "pad_token_id": 0}
+        wanted = mtp().model.generate(IDS, max_new_tokens=30, do_sample=False, **settings)
+        for n in (0, 3):
+            out = through("mtp", max_new_tokens=30, num_draft_tokens=n, drafter="mtp+lookup", **settings)
+            assert out.tolist() == wanted.tolist()
+
+
+def test_criteria_are_asked_once_a_token_in_order_with_the_callers_ids():
+    class Recording(StoppingCriteria):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+            self.seen.append((ids.tolist(), scores))
+            return len(self.seen) == 9
+
+    padded, mask = torch.cat([torch.tensor([[7, 8]]), IDS[:1]], dim=1), torch.tensor([[0, 0, *[1] * 9]])
+    theirs, ours = Recording(), Recording()
+    settings = {"attention_mask": mask, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 30}
+    wanted = mtp().model.generate(padded, stopping_criteria=[theirs], **settings)
+    out = mtp().generate(padded, stopping_criteria=[ours], **settings)
+    assert out.tolist() == wanted.tolist() and ours.seen == theirs.seen and len(ours.seen) == 9
+
+
+def test_processors_see_the_callers_padding():
+    """Padding by another id than pad_token_id, which an n-gram rule reads."""
+    padded = torch.cat([torch.tensor([[12, 13], [21, 22]]), IDS], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    settings = {"attention_mask": mask, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 20}
+    for rule in ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 1}, {"min_length": 25, "eos_token_id": 40}):
+        wanted = mtp().model.generate(padded, **settings, **rule)
+        assert mtp().generate(padded, num_draft_tokens=3, **settings, **rule).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("slots", [64, 1])
+def test_without_an_end_token_texts_go_on_until_all_have_ended(slots):
+    """transformers fills up a text that a stop string has ended only where there is an end token."""
+    whole = mtp().model.generate(IDS, max_new_tokens=20, do_sample=False)
+    stops = [tokenizer().decode(whole[b, 9 + 4 + 5 * b : 9 + 6 + 5 * b]) for b in (0, 1)]
+    settings = {"stop_strings": stops, "tokenizer": tokenizer(), "max_new_tokens": 20, "do_sample": False}
+    wanted = mtp().model.generate(IDS, **settings)
+    alone = [mtp().model.generate(row[None], **settings).shape[1] for row in IDS]
+    assert alone[0] != alone[1] and wanted.shape[1] == max(alone) < 9 + 20
+    for n in (0, 3):
+        out = mtp().generate(IDS, num_draft_tokens=n, slots=slots, return_dict_in_generate=True, **settings)
+        assert out.sequences.tolist() == wanted.tolist()
+        assert [sum(e) for e in out.stats.emitted] == [wanted.shape[1] - 9] * 2
+
+
+def test_token_types_of_text_mean_nothing_and_others_are_refused():
+    kinds = torch.zeros_like(IDS)
+    check = functools.partial(refuse_unsupported, GenerationConfig(max_new_tokens=4))
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        check({name: kinds})
+        with pytest.raises(ValueError, match=f"cannot honour: {name}"):
+            check({name: kinds + 1})
+
+
+def test_outputs_have_transformers_fields():
+    out = through("mtp", return_dict_in_generate=True)
+    theirs = mtp().model.generate(IDS, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out, type(theirs)) and set(vars(theirs)) <= set(vars(out))
+    assert all(getattr(out, name) is None for name in vars(theirs) if name not in ("sequences", "stats"))

@@ -16,24 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import stopping_criteria as sc
-from transformers.utils import ModelOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foretell.decoding.arguments import OWN, Plan, open_to_transformers
-from foretell.decoding.policies import LOSSY
-from foretell.decoding.scores import RowScores
+from foretell.decoding.policies import LOSSY, SPANS
+from foretell.decoding.scores import RowScores, of_more_than_one_text
 from foretell.decoding.stats import GenerationStats
 from foretell.models.slot_cache import CACHE_NAMES
-from foretell.types import SequenceState, Watcher
+from foretell.ops.sampling import Dice
+from foretell.types import SequenceState, Verification, Watcher
 
 _HANDLED_KWARGS = {*CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
 _NOT_HONOURED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "token_healing")
 
 
 @dataclass
-class MTPGenerateOutput(ModelOutput):
-    """sequences [B, prompt + new] and what it took to make them."""
+class MTPGenerateOutput(GenerateDecoderOnlyOutput):
+    """As transformers' (sequences [B, prompt + new], and None for what cannot be asked for), and what it took."""
 
-    sequences: Tensor | None = None
     stats: GenerationStats | None = None
 
 
@@ -78,6 +78,8 @@ class Finish:
 
     def trim(self, sequences: list[SequenceState]) -> None:
         """Cut what goes on beyond the width of transformers' output."""
+        if self.pads:
+            return
         for sequence in sequences:
             extra = len(sequence.padding) + len(sequence.tokens) - max(self.ended.values())
             del sequence.tokens[len(sequence.tokens) - max(extra, 0) :]
@@ -105,6 +107,8 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any]) -> 
     bad += [f"{name} (foretell brings its own cache)" for name in own]
     # transformers adds some of its own to a multimodal model's, with nothing in them where the prompt is text alone
     given = {name for name, value in model_kwargs.items() if value is not None and value != {}}
+    # 0 is text, in tokenizers' and processors' outputs alike
+    given -= {n for n in given if n.endswith("token_type_ids") and not torch.as_tensor(model_kwargs[n]).any()}
     pictures = " (what transformers made of the images or videos that were given)"
     bad += [f"{n}{pictures if n == 'mm_encoder_outputs' else ''}" for n in sorted(given - _HANDLED_KWARGS)]
     if bad:
@@ -158,6 +162,17 @@ class MTPGenerate:
         B, T = input_ids_BT.shape
         if streamer is not None and B > 1:
             raise ValueError(f"a streamer takes one sequence; got a batch of {B}.")
+        others = of_more_than_one_text(logits_processor) + (of_more_than_one_text(stopping_criteria) if B > 1 else [])
+        if others and plan.length == 0 and plan.policy not in SPANS:
+            given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "streamer": streamer}
+            given |= {"generation_config": generation_config, **model_kwargs}
+            return self._in_order(model, input_ids, plan.generator, given)
+        if others:
+            raise ValueError(
+                f"foretell's generate cannot honour: {', '.join(others)} beside drafts: it may look at the whole batch "
+                "or keep state from call to call, and drafts may be refused. Use num_draft_tokens=0, or say "
+                "of_one_text = True on it where it is a function of one row's ids and scores."
+            )
         sample = bool(generation_config.do_sample)
         sequences = _sequences(input_ids_BT, model_kwargs)
         scores, finish = RowScores(logits_processor, sample, plan.generator), Finish(stopping_criteria, B, mtp.device)
@@ -195,6 +210,27 @@ class MTPGenerate:
             new_BT[sequence.index, : len(sequence.new_tokens)] = torch.tensor(sequence.new_tokens)
         out = torch.cat([input_ids_BT, new_BT.to(input_ids_BT.device)], dim=1)
         return MTPGenerateOutput(sequences=out, stats=stats) if generation_config.return_dict_in_generate else out
+
+    def _in_order(
+        self, model: Any, input_ids_BT: Tensor, generator: torch.Generator | None, given: dict[str, Any]
+    ) -> Tensor | MTPGenerateOutput:
+        """transformers' own loop: it calls processors and criteria once a token, in order, with the whole batch."""
+        with torch.random.fork_rng(enabled=generator is not None):
+            if generator is not None:
+                torch.manual_seed(Dice(generator).seed)
+            out = type(model)._sample(model, input_ids_BT, **given)
+        config = given["generation_config"]
+        if not config.return_dict_in_generate:
+            return out
+        (B, T), steps = input_ids_BT.shape, out.sequences.shape[1] - input_ids_BT.shape[1]
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        records = []
+        for row in out.sequences[:, T:].tolist():
+            count = next((i + 1 for i, token in enumerate(row) if token in ends), steps)
+            records.append([Verification(0, 0, 0, 1, ["target"]) for _ in range(count)])
+        stats = GenerationStats("lossless", True, records, target_forwards=steps, verifications=steps)
+        stats.target_rows, stats.reference = B * (T + steps - 1), self.mtp.reference
+        return MTPGenerateOutput(sequences=out.sequences, stats=stats)
 
 
 def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any]) -> list[SequenceState]:

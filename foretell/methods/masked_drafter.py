@@ -107,9 +107,7 @@ class MaskedDrafter(ChainDrafter):
         if self.layout != "two_pass" or not any(lengths):
             return drafts
         if worth is None or any([worth(self.name, b, draft) for b, draft in enumerate(drafts)]):
-            for draft, length, (token, probability, row_V) in zip(
-                drafts, lengths, self._look(sequences), strict=True
-            ):
+            for draft, length, (token, probability, row_V) in zip(drafts, lengths, self._look(sequences), strict=True):
                 if length:
                     draft.add(token, -1, probability, self.name, row_V)
         else:

@@ -58,6 +58,7 @@ class Draft:
         default_factory=list
     )  # the drafter's own probability of each token, given its parent
     sources: list[str] = field(default_factory=list)  # name of the drafter each token is from
+    shares: dict[int, float] = field(default_factory=dict)  # what its Verdict says, once there is one
 
     def __len__(self) -> int:
         return len(self.tokens)

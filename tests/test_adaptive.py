@@ -30,9 +30,9 @@ def clock(monkeypatch):
     """Rounds take what the curve says, times what a test puts here for rounds with drafts."""
     learn, surprise = AdaptiveLength.learn, [1.0]
 
-    def by_the_curve(self, drafts, emitted, names, rows, seconds=None, shares=()):
+    def by_the_curve(self, drafts, emitted, names, rows, seconds=None):
         taken = self.curve(rows) * (surprise[0] if rows > len(emitted) else 1.0)
-        learn(self, drafts, emitted, names, rows, taken, shares)
+        learn(self, drafts, emitted, names, rows, taken)
 
     monkeypatch.setattr(AdaptiveLength, "learn", by_the_curve)
     return surprise
@@ -276,7 +276,9 @@ def test_drawn_drafts_are_learned_as_the_overlap():
     adaptive = AdaptiveLength(CostCurve({1: 1.0, 4: 2.0, 64: 60.0}), 3, steps={})
     for _ in range(60):
         adaptive.begin_round(1)
-        adaptive.learn([drawn([1, 2, 3], [-1, 0, 1], 0.1)], [[1, 9]], {}, 4, None, [{0: 1.0, 1: 1.0}])
+        draft = drawn([1, 2, 3], [-1, 0, 1], 0.1)
+        draft.shares = {0: 1.0, 1: 1.0}
+        adaptive.learn([draft], [[1, 9]], {}, 4)
     assert adaptive._holds("a", 1) > 0.9 and adaptive._holds("a", 2) > 0.9
     adaptive.begin_round(1)
     assert [adaptive.worth("a", 0, drawn([1] * n, list(range(-1, n - 1)), 0.1)) for n in range(4)] == [1, 1, 1, 0]
@@ -293,6 +295,7 @@ def test_by_counts_no_clock_is_asked():
                 adaptive.worth("a", b, drawn([1] * n, list(range(-1, n - 1)), 0.3)) for b in (0, 1) for n in (0, 1, 2)
             ]
             said.append((turn, asked))
-            drafts = [drawn([1, 2], [-1, 0], 0.3)] * 2
-            adaptive.learn(drafts, [[1, 2, 4], [5]], {"a": (speed, 2)}, 6, speed * turn, [{0: 0.7, 1: 0.4}, {0: 0.5}])
+            drafts = [drawn([1, 2], [-1, 0], 0.3) for _ in range(2)]
+            drafts[0].shares, drafts[1].shares = {0: 0.7, 1: 0.4}, {0: 0.5}
+            adaptive.learn(drafts, [[1, 2, 4], [5]], {"a": (speed, 2)}, 6, speed * turn)
     assert said[:40] == said[40:]

@@ -19,6 +19,8 @@ from transformers import (
 from transformers.generation import logits_process as lp
 
 import foretell
+from foretell.cli.generate import GenerateSettings
+from foretell.config import ConfigError, parse
 from foretell.decoding.generate import refuse_unsupported
 from foretell.mtp import MTPModel
 
@@ -105,6 +107,14 @@ def test_another_models_generate_is_refused():
 def test_a_mask_of_another_width_is_refused(door):
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 7\)|attention_mask"):
         through(door, attention_mask=torch.ones(2, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 0))
+
+
+@pytest.mark.parametrize("flag", ["--temperature 0.5", "--top-k 3", "--top-p 0.9", "--min-p 0.1"])
+def test_the_command_line_ignores_no_sampling_flag(flag, capsys):
+    name = flag.split()[0][2:].replace("-", "_")
+    with pytest.raises(ConfigError, match=f"{name}: got a value without --do-sample"):
+        parse(GenerateSettings, ["model", "--prompt", "a", *flag.split()], prog="foretell generate")
+    parse(GenerateSettings, ["model", "--prompt", "a", "--do-sample", *flag.split()], prog="foretell generate")
 
 
 # -- processors and criteria -------------------------------------------------------------------------------------------
@@ -271,3 +281,122 @@ def test_outputs_have_transformers_fields():
     theirs = mtp().model.generate(IDS, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     assert isinstance(out, type(theirs)) and set(vars(theirs)) <= set(vars(out))
     assert all(getattr(out, name) is None for name in vars(theirs) if name not in ("sequences", "stats"))
+
+
+# -- every field of a generation config --------------------------------------------------------------------------------
+
+# what each field is given; fields that are not here are named by the test below
+FIELDS: dict[str, Any] = {
+    "max_length": 15,
+    "max_new_tokens": 5,
+    "min_length": 20,
+    "min_new_tokens": 10,
+    "early_stopping": True,
+    "max_time": 1000.0,
+    "stop_strings": ["w"],
+    "do_sample": False,
+    "num_beams": 2,
+    "use_mtp": True,
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {},
+    "max_cache_len": 40,
+    "temperature": 0.5,
+    "top_k": 1,
+    "top_p": 0.01,
+    "min_p": 0.99,
+    "top_h": 0.4,
+    "typical_p": 0.01,
+    "epsilon_cutoff": 0.5,
+    "eta_cutoff": 0.5,
+    "repetition_penalty": 1.8,
+    "encoder_repetition_penalty": 3.0,
+    "length_penalty": 2.0,
+    "no_repeat_ngram_size": 1,
+    "bad_words_ids": [[24], [10, 4], [60]],
+    "renormalize_logits": True,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 7,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (3, 1.5),
+    "suppress_tokens": [24, 10, 60, 4],
+    "begin_suppress_tokens": list(range(40)),
+    "sequence_bias": [[[24], -9.0], [[10, 4], 9.0]],
+    "token_healing": True,
+    "guidance_scale": 1.5,
+    "watermarking_config": {"greenlist_ratio": 0.3, "bias": 6.0},
+    "num_return_sequences": 2,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_scores": True,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "pad_token_id": 50,
+    "bos_token_id": 12,
+    "eos_token_id": [60, 24],
+    "encoder_no_repeat_ngram_size": 1,
+    "decoder_start_token_id": 3,
+    "is_assistant": True,
+    "num_assistant_tokens": 5,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.3,
+    "prompt_lookup_num_tokens": 3,
+    "max_matching_ngram_size": 2,
+    "assistant_early_exit": 1,
+    "assistant_lookbehind": 3,
+    "target_lookbehind": 3,
+    "assistant_ensemble_weight": 0.5,
+    "speculation_type": "dflash",
+    "compile_config": None,
+    "disable_compile": True,
+    "prefill_chunk_size": 4,
+    "low_memory": True,
+    "penalty_alpha": 0.5,
+    "dola_layers": "high",
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.5,
+    "continuous_batching_config": None,
+    "constraints": [object()],
+    "force_words_ids": [[5]],
+}
+SAMPLED = {"do_sample": True, "top_k": 1}
+WITH: dict[str, dict[str, Any]] = {
+    **{name: SAMPLED for name in ("temperature", "min_p", "top_h", "epsilon_cutoff", "eta_cutoff")},
+    **{name: {"do_sample": True} for name in ("top_k", "top_p", "typical_p")},
+    **{name: {"eos_token_id": 60} for name in ("min_length", "min_new_tokens", "exponential_decay_length_penalty")},
+    **{
+        f"output_{name}": {"return_dict_in_generate": True}
+        for name in ("attentions", "hidden_states", "scores", "logits")
+    },
+    "pad_token_id": {"eos_token_id": 60},
+    "num_return_sequences": SAMPLED,
+    "stop_strings": {"tokenizer": tokenizer(), "eos_token_id": 2, "pad_token_id": 0},
+}
+
+
+def test_every_field_is_known():
+    """A new field of transformers' asks to be looked at."""
+    known = {
+        name for name in GenerationConfig().to_dict() if not name.startswith("_") and name != "transformers_version"
+    }
+    assert known <= set(FIELDS), known - set(FIELDS)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_honoured_or_refused(field):
+    """The same tokens as transformers, or an error by name; where transformers itself refuses, so do we."""
+    settings = {"max_new_tokens": 12, "do_sample": False, **WITH.get(field, {}), field: FIELDS[field]}
+    if field == "max_length":
+        del settings["max_new_tokens"]
+    said = []
+    for generate in (mtp().model.generate, functools.partial(mtp().generate, drafter="mtp+lookup")):
+        try:
+            out: Any = generate(IDS, **settings)
+        except Exception as error:  # whatever it is that transformers misses
+            said.append(str(error) if isinstance(error, ValueError) else "")
+        else:
+            said.append((out if isinstance(out, torch.Tensor) else out.sequences).tolist())
+    wanted, got = said
+    refused = isinstance(got, str) and any(part in got for part in (field, "generation mode", "LogitsProcessor"))
+    assert got == wanted or refused or isinstance(wanted, str), got
+    assert isinstance(got, str) or not isinstance(wanted, str), wanted

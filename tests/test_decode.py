@@ -26,7 +26,7 @@ from foretell.decoding.compose import Composed
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.mtp import MTPModel
-from foretell.types import SequenceState
+from foretell.types import SequenceState, Verification
 
 # a machine on which drafting pays, so that "auto" drafts here whatever else this one is doing
 CHEAP_ROWS = CostCurve({1: 1.0, 8: 1.1, 64: 2.0})
@@ -669,6 +669,14 @@ def test_accounting_of_a_tree():
     assert [(v.drafted, v.depth, v.accepted, v.emitted) for v in out.stats.records[0]] == [(8, 3, 2, 3), (8, 3, 1, 2)]
     assert out.stats.target_rows == 4 + 2 * 9
     assert out.stats.accept_at == [1.0, 0.5, 0.0]
+
+
+def test_tau_of_rounds_with_drafts():
+    """Rounds that drafted nothing count in tau, not in what the drafter is worth."""
+    records = [[Verification(2, 2, 2, 3, []), Verification(0, 0, 0, 1, [])], [Verification(1, 1, 0, 1, [])]]
+    stats = GenerationStats("lossless", True, records)
+    assert stats.tau == 5 / 3 and stats.tau_drafted == 4 / 2 == stats.summary()["tau_drafted"]
+    assert GenerationStats("lossless", True, [[Verification(0, 0, 0, 1, [])]]).tau_drafted == 0.0
 
 
 def test_accept_given_stops_where_no_draft_got_that_far():

@@ -427,7 +427,7 @@ def text_of(case: str, seed: int, curve: CostCurve | None, **more: Any) -> list[
     make, settings = AUTO[case]
     chosen = make()
     chosen._curve = curve
-    chosen._adaptive.clear()
+    chosen.release()
     ids = torch.tensor([PROMPT, [2, 2, 4, 6, 7]])
     settings = {"max_new_tokens": 40, "num_draft_tokens": "auto", **settings(), **more}
     generator = torch.Generator().manual_seed(seed)

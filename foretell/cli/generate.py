@@ -49,7 +49,9 @@ class GenerateSettings:
     min_p: float | None = field(default=None, metadata={"help": "For sampling."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "1 is none."})
     stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end the answer."})
-    seed: int | None = field(default=None, metadata={"help": "Of sampling."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Of sampling: fixes the text, under auto too, however fast this machine is."}
+    )
     stats: bool = field(
         default=False, metadata={"help": "Print tau and acceptance by depth as JSON to standard error."}
     )
@@ -62,6 +64,12 @@ class GenerateSettings:
             found.append(f"num_draft_tokens: got {self.num_draft_tokens!r}, wanted a number or auto.")
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens: got {self.max_new_tokens}, wanted at least 1.")
+        if not self.do_sample:
+            asked = {"temperature": self.temperature != 1.0, "top_p": self.top_p != 1.0}
+            asked |= {"top_k": self.top_k is not None, "min_p": self.min_p is not None}
+            found += [
+                f"{name}: got a value without --do-sample, which it is for." for name, given in asked.items() if given
+            ]
         if self.dtype not in DTYPES:
             found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
         return found

@@ -334,16 +334,15 @@ class AdaptiveLength:
         names: dict[str, tuple[float, int]],
         rows: int,
         seconds: float | None = None,
-        shares: Sequence[dict[int, float]] = (),
     ) -> None:
         """After a verification. drafts: as proposed, before the pruning (what was thrown away may have been right).
         emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round. seconds: of the
-        whole round, by the clock. shares: of each sequence's drawn drafts that were reached, what `verify` says.
+        whole round, by the clock.
         """
         drafting = sum(self._took(name, *spent) for name, spent in names.items())
         if seconds is not None:
             self._correct(rows, len(emitted), drafting, seconds)
-        for b, (draft, tokens) in enumerate(zip(drafts, emitted, strict=True)):
+        for draft, tokens in zip(drafts, emitted, strict=True):
             accepted: set[int] = set()
             depth: list[int] = []
             for i, parent in enumerate(draft.parents):
@@ -355,9 +354,9 @@ class AdaptiveLength:
                     accepted.add(i)
                 cells = [self._table[self._key(draft, i, depth[i])]]
                 if draft.drawn(i):
-                    if i not in shares[b]:
+                    if i not in draft.shares:
                         continue  # a sibling before it was kept
-                    held, cells = shares[b][i], []
+                    held, cells = draft.shares[i], []
                 if held > 0.5:
                     for name in self._probing.intersection(draft.sources[i].split("+")):
                         self._wait[name], self._sit_out[name] = 1, 0  # a probe that held: look again soon

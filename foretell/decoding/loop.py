@@ -163,8 +163,9 @@ class Run:
         if self.adaptive is not None:
             told = [[*(d.tokens[i] for i in v.path), v.token] for d, v in zip(drafts, verdicts, strict=True)]
             spent = time.perf_counter() - start
-            shares = [verdict.shares for verdict in verdicts]
-            self.adaptive.learn(proposed, told, drafting, len(active) * R, spent, shares)
+            for draft, verdict in zip(drafts, verdicts, strict=True):
+                draft.shares = verdict.shares
+            self.adaptive.learn(proposed, told, drafting, len(active) * R, spent)
         return emitted
 
     def _read(

@@ -58,6 +58,12 @@ class GenerationStats:
         return sum(v.emitted for v in every) / max(len(every), 1)
 
     @property
+    def tau_drafted(self) -> float:
+        """The same over verifications with drafts: what "auto" left alone says nothing of the drafter. 0 without."""
+        drafted = [v for v in self._all() if v.drafted]
+        return sum(v.emitted for v in drafted) / max(len(drafted), 1)
+
+    @property
     def mean_accepted(self) -> float:
         """Accepted drafts per verification: tau - 1, but for a cut at EOS."""
         every = self._all()
@@ -93,6 +99,7 @@ class GenerationStats:
             "reference": self.reference,
             "confidence_threshold": self.confidence_threshold,
             "tau": self.tau,
+            "tau_drafted": self.tau_drafted,
             "mean_accepted": self.mean_accepted,
             "accept_at": self.accept_at,
             "accept_given": self.accept_given,

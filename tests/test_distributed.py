@@ -64,6 +64,10 @@ SFT_PLANS: dict[str, dict[str, Any]] = {
     "ffn": {"mtp_head_type": "ffn", "mtp_num_layers": 3, "mtp_num_predictions": 3, **PLANS["joint"]},
 }
 ALL_PLANS = {**PLANS, **SFT_PLANS}
+# a loss that is not finite on one rank
+SPOILT: dict[str, dict[str, Any]] = {
+    name: {**PLANS["joint"], "nonfinite_loss": "skip"} for name in ("skip", "skip-trl")
+}
 FROZEN = ("standalone", "masked")  # the target does not learn
 MODULES: dict[str, dict[str, Any]] = {
     "masked": {"method": "masked", "depth": 2, "chunk_size": 8, "lora_rank": 4, "mask_tokens": "distinct"},
@@ -93,10 +97,10 @@ def train(plan: str, folder: Path, processes: int, resume: str | None = None, **
         "use_cpu": True,
         "ddp_backend": "gloo" if processes > 1 else None,
         **BASE,
-        **ALL_PLANS[plan],
+        **{**ALL_PLANS, **SPOILT}[plan],
         **arguments,
     }
-    if plan in SFT_PLANS:
+    if plan in SFT_PLANS or plan == "skip-trl":
         from foretell.trl import SFTConfig, SFTTrainer
 
         args = SFTConfig(mtp_enabled=True, mtp_dropout_prob=0.0, bf16=False, disable_tqdm=True, **given)
@@ -107,6 +111,16 @@ def train(plan: str, folder: Path, processes: int, resume: str | None = None, **
         torch.manual_seed(0)  # adapters start at random
         mtp = get_mtp_model(model, MODULES.get(plan, sequential))
         trainer = MTPTrainer(mtp, MTPTrainingArguments(**given), rows(24), eval_dataset=rows(8, seed=1))
+    if plan in SPOILT:  # on one rank, in one step
+        losses, bad = trainer._losses, int(os.environ.get("RANK", 0)) == processes - 1
+
+        def spoilt(*args: Any) -> dict[str, Any]:
+            out = losses(*args)
+            if bad and trainer.state.global_step == 1 and trainer.mtp.training:
+                out["mtp"][0].total = out["mtp"][0].total * float("inf")
+            return out
+
+        trainer._losses = spoilt
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     return trainer
@@ -166,6 +180,9 @@ def worker(folder: Path) -> None:
     # DDP first: FSDP arguments leave marks in the environment
     jobs: list[tuple[str, str, dict, str | None]] = [("ddp", plan, {}, None) for plan in ALL_PLANS]
     jobs += [("fsdp", plan, FSDP, None) for plan in (*FROZEN, "forced", *SFT_PLANS)]
+    jobs += [("ddp", plan, {}, None) for plan in SPOILT]
+    jobs.sort(key=lambda job: job[0])
+    jobs.append(("fsdp", "skip", FSDP, None))
     jobs.append(("fsdp", "joint", {**FSDP, **SAVING}, None))
     jobs.append(("fsdp-resumed", "joint", FSDP, str(folder / "fsdp-joint" / "checkpoint-2")))
     for name, plan, arguments, resume in jobs:
@@ -174,6 +191,7 @@ def worker(folder: Path) -> None:
             "logs": trainer.state.log_history,
             "model": type(trainer.model_wrapped).__name__,
             "processes": trainer.accelerator.num_processes,
+            "skipped": trainer.skipped,
             **sharding(trainer),
         }
         if trainer.is_world_process_zero():
@@ -207,7 +225,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, MTPT
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        alone = {plan: train(plan, tmp_path_factory.mktemp(plan), 1) for plan in ALL_PLANS}
+        alone = {plan: train(plan, tmp_path_factory.mktemp(plan), 1) for plan in {**ALL_PLANS, **SPOILT}}
         said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said[-6000:]
     return folder, alone
@@ -272,6 +290,17 @@ def test_what_two_processes_save_is_whole_and_equal(way, plan, two, one):
         assert torch.allclose(tensor, reference.module.state_dict()[name], rtol=1e-4, atol=2e-6), name
     start = get_mtp_model(tiny_model(), loaded.mtp_config).module.state_dict()
     assert any(not torch.equal(tensor, start[name]) for name, tensor in loaded.module.state_dict().items())
+
+
+@pytest.mark.parametrize("run", ["ddp-skip", "ddp-skip-trl", "fsdp-skip"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run, two, one):
+    about, alone = json.loads((two / run / "about.json").read_text()), one[run.partition("-")[2]]
+    assert about["skipped"] == alone.skipped == 1
+    found, wanted = steps(about["logs"]), steps(alone.state.log_history)
+    assert [entry["grad_norm"] for entry in found] == pytest.approx([e["grad_norm"] for e in wanted], rel=1e-4)
+    loaded = MTPModel.from_pretrained(AutoModelForCausalLM.from_pretrained(two / run), two / run)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.allclose(tensor, alone.mtp.state_dict()[name], rtol=1e-4, atol=2e-6), name
 
 
 @pytest.mark.parametrize("plan", ALL_PLANS)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from foretell.runtime import cache_folder, cpu_flags, cpu_model, write_json_atomic
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64)  # what is between two is as the greater one, what is beyond as the last
+_BUCKET = [next(i for i, most in enumerate(ROWS) if rows <= most) for rows in range(ROWS[-1] + 1)]
 PLAIN = "plain"
 _SECONDS, _PASSES = 1.0, 8  # that a measurement takes at most; the first pass warms up, one more is always made
 _SAMPLE_BYTES, _PART_BYTES = 128 << 20, 32 << 20  # of weights in turn, more than caches hold; of one weight
@@ -69,7 +70,7 @@ class Measured(nn.Module):
 
     def keep(self, kernel: str) -> bool:
         """Make a kernel ready, unless this machine has none, or one that computes something else."""
-        probe_ND = torch.linspace(-2, 3, 2 * self.width, device=self.like.device).sin().view(2, -1).to(self.like.dtype)
+        probe_ND = torch.linspace(-2, 3, self.width, device=self.like.device).sin()[None].to(self.like.dtype)
         try:
             self.kept[kernel] = self.prepare(kernel)
             got, wanted = (self.run(name, probe_ND).double() for name in (kernel, PLAIN))
@@ -90,8 +91,7 @@ class Measured(nn.Module):
             if not self.keep(kernel):
                 warnings.warn(f"{self.key}: kernel {kernel!r} computes something else here; not used.", stacklevel=2)
                 table = [PLAIN if name == kernel else name for name in table]
-        bucket = [next(i for i, most in enumerate(ROWS) if rows <= most) for rows in range(ROWS[-1] + 1)]
-        self._by_rows = [table[i] for i in bucket]
+        self._by_rows = [table[i] for i in _BUCKET]
 
 
 @torch.no_grad()

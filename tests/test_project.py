@@ -35,6 +35,16 @@ def test_the_lock_fits_the_floors():
             assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), text
 
 
+def test_the_versions_that_are_tested_are_the_ends_of_the_range():
+    (asked,) = (Requirement(text) for text in PROJECT["dependencies"] if text.startswith("transformers"))
+    tested = re.search(r"^TRANSFORMERS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    assert len(tested) == 2 and all(asked.specifier.contains(version) for version in tested)
+    ends = {spec.operator: spec.version for spec in asked.specifier}
+    assert tested[0] == ends[">="] + ".0"
+    above = [int(part) for part in tested[1].split(".")]
+    assert ends["<"] == f"{above[0]}.{above[1] + 1}"
+
+
 def test_torch_gets_the_triton_that_its_cuda_build_asks_for():
     # a CPU build asks for none, so that pip's refusal cannot be seen from here
     asked = {"2.13.0": "3.7.1"}  # Requires-Dist of torch's wheel on PyPI; look it up where torch is renewed

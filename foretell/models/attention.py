@@ -169,15 +169,20 @@ def foretell_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """query [B, Hq, R, E], key and value [B, H, L, E] -> [B, R, Hq, E]."""
+    """query [B, Hq, R, E], key and value [B, H, L, E] -> [B, R, Hq, E]. indices [B, R, k]: sparse attention reads these
+    columns only, within a ready mask."""
     B, Hq, R, E = query.shape
     H = key.shape[1]
     G = Hq // H
     masks: RowMasks | None = getattr(module, "foretell_masks", None)
     plain = softcap is None and s_aux is None
     additive = query.dtype if plain else None
+    if indices is not None:
+        chosen_B1RL = torch.zeros(B, 1, R, key.shape[2], dtype=torch.bool, device=key.device)
+        attention_mask = attention_mask & chosen_B1RL.scatter_(-1, indices[:, None].long(), True)
     if attention_mask is not None:
         mask = (_widened if masks is None else masks.widened)(attention_mask, G, additive)
     elif masks is not None:

@@ -16,6 +16,11 @@ class UnsupportedModelError(ValueError):
     """The target's architecture has no place for an MTP module, or it cannot be decoded exactly, and why."""
 
 
+def norm_name(decoder: nn.Module) -> str | None:
+    """What a decoder calls its final norm."""
+    return next((n for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n)), None)
+
+
 def refuse_model(outer: nn.Module, model: nn.Module) -> None:
     """Raise UnsupportedModelError for a model that cannot have a module. outer: as the user gave it."""
     config, name = getattr(model, "config", None), type(model).__name__
@@ -33,10 +38,15 @@ def refuse_model(outer: nn.Module, model: nn.Module) -> None:
             f"{name} ({config.model_type}) has {why}: linear-attention and state-space models cannot roll back "
             f"rejected drafts and are not supported. Wanted {want}."
         )
-    if model.get_output_embeddings() is None or not hasattr(model.get_decoder(), "rotary_emb"):
-        raise UnsupportedModelError(
-            f"{name} ({config.model_type}) has no output head or no rotary positions; wanted {want}."
-        )
+    decoder: Any = model.get_decoder()
+    parts = {
+        "output head": model.get_output_embeddings() is not None,
+        "rotary positions": hasattr(decoder, "rotary_emb"),
+        "list of layers": hasattr(decoder, "layers"),
+        "final norm": norm_name(decoder) is not None,
+    }
+    if missing := [part for part, there in parts.items() if not there]:
+        raise UnsupportedModelError(f"{name} ({config.model_type}) has no {' and no '.join(missing)}; wanted {want}.")
     refuse_adapter(outer)
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(places) > 1:

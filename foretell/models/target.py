@@ -30,7 +30,7 @@ from foretell.models.graphs import StaticSteps
 from foretell.models.lean_layer import lean_layers
 from foretell.models.live import OfThread, digest
 from foretell.models.own_logits import LogitFormula, logit_formula, own_logits
-from foretell.models.refusals import UnsupportedModelError, refuse_hooks, refuse_model, refuse_now
+from foretell.models.refusals import UnsupportedModelError, norm_name, refuse_hooks, refuse_model, refuse_now
 from foretell.models.rotary import LengthRotary, TextLengths, stand_in, turns_by_length
 from foretell.models.self_check import Verdict, compare
 from foretell.models.slot_cache import SlotCache, cache_name
@@ -43,11 +43,6 @@ class TargetRows:
     post_norm_BRD: Tensor
     pre_norm_BRD: Tensor | None
     blocks: list[dict[int, int]] | None = None  # of each sequence: {row that carries masks: row of its first mask}
-
-
-def norm_name(decoder: Any) -> str:
-    """What a decoder calls its final norm."""
-    return next(n for n in ("norm", "final_layer_norm", "final_layernorm") if hasattr(decoder, n))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -86,16 +87,16 @@ _OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
 }
-# which `build` cannot make, of the locked version: (type of the error, what it says)
-UNBUILT = {
-    "CohereCompassForCausalLM": "KeyError",
-    "DbrxForCausalLM": "AttributeError",
-    "Gemma3nForConditionalGeneration": "ImportError",  # wants the timm library
-    "Gemma4AssistantForCausalLM": "StrictDataclassClassValidationError",
-    "Gemma4UnifiedAssistantForCausalLM": "ValueError",
-    "MusicgenForCausalLM": "AttributeError",
-    "MusicgenMelodyForCausalLM": "AttributeError",
-    "ZambaForCausalLM": "ValueError",
+# which `build` cannot make, of the locked version, and how it fails
+UNBUILT: dict[str, type[Exception]] = {
+    "CohereCompassForCausalLM": KeyError,
+    "DbrxForCausalLM": AttributeError,
+    "Gemma3nForConditionalGeneration": ImportError,  # wants the timm library
+    "Gemma4AssistantForCausalLM": StrictDataclassClassValidationError,
+    "Gemma4UnifiedAssistantForCausalLM": ValueError,
+    "MusicgenForCausalLM": AttributeError,
+    "MusicgenMelodyForCausalLM": AttributeError,
+    "ZambaForCausalLM": ValueError,
 }
 
 

@@ -67,7 +67,7 @@ def _with(model: nn.Module, parts: dict[nn.Module, nn.Module]) -> nn.Module:
         return model
     clone = copy.copy(model)
     clone.__dict__["_modules"] = {**model._modules, **changed}
-    # one that was set on the object (TRL's fused losses, accelerate's autocast) is bound to the original and its decoder
+    # one that was set on the object (TRL's fused losses, accelerate's autocast) is bound to the original
     clone.__dict__.pop("forward", None)
     return clone
 

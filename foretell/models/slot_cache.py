@@ -158,10 +158,9 @@ class SlotCache(SlotStorage, Cache):
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """`update` for the keys [B, R, E] by which sparse attention chooses what it reads; [B, L, E] of all visible."""
-        key = -1 - layer_idx  # beside the layer's keys and values
-        if key not in self._storage:
-            self._storage[key] = [self._allocate(1, indexer_key_states.shape[-1], indexer_key_states)]
-        return self._write(self._storage[key][0], indexer_key_states[:, :, None]).squeeze(2)
+        new_BR1E = indexer_key_states[:, :, None]
+        (flat,) = self.parts(-1 - layer_idx, [new_BR1E])  # beside the layer's keys and values
+        return self._write(flat, new_BR1E).squeeze(2)
 
     def _write(self, flat: Tensor, rows_BRHE: Tensor) -> Tensor:
         first, count, visible = self._view

@@ -62,3 +62,19 @@ def test_train_generate_inspect(name, stored, capsys):
 def test_an_unknown_method_is_named(stored, capsys):
     assert main(["train", str(stored / "model"), "--data", "x", "--method", "hydra"]) == 2
     assert "hydra" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("llama", "fast"), ("gpt_neox_japanese", "refused"), ("gpt2", "refused")])
+def test_inspect_says_how_a_model_is_decoded(name, wanted, tmp_path, capsys):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert type(model).__name__ in said and wanted in said
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert wanted in (found["verdict"], found.get("path"))
+    if wanted == "refused":
+        assert found["why"] in said and found["architecture"] in found["why"]
+    else:
+        assert max(found["distances"].values()) < 1e-4 and len(found["distances"]) > 2

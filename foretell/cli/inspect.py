@@ -1,4 +1,4 @@
-"""foretell inspect: what is in a module's folder, without loading a target."""
+"""foretell inspect: what is in a module's folder, without loading a target; or how a model would be decoded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from foretell.config import parse
 class InspectSettings:
     """Flags of `foretell inspect`."""
 
-    folder: str = field(metadata={"help": "Folder written by save_pretrained or foretell train.", "positional": True})
+    folder: str = field(
+        metadata={
+            "help": "Folder written by save_pretrained or foretell train; or a model's, which is then loaded and held "
+            "against itself.",
+            "positional": True,
+        }
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of lines."})
 
 
@@ -51,9 +57,49 @@ def describe(folder: str | Path) -> dict:
     }
 
 
+def judge(folder: str | Path) -> dict:
+    """How a model would be decoded: the outcome of comparing the decoding copy with the model's own logits."""
+    from transformers import AutoModelForCausalLM
+
+    from foretell.models.refusals import UnsupportedModelError
+    from foretell.models.target import Target
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    about = {"folder": str(folder), "architecture": type(model).__name__, "model_type": model.config.model_type}
+    try:
+        return about | {"verdict": "supported"} | Target(model).verdict()
+    except UnsupportedModelError as refusal:
+        return about | {"verdict": "refused", "why": str(refusal)}
+
+
+def _print_verdict(found: dict) -> None:
+    how = {
+        "fast": "fast: the decoding copy gives the model's own logits",
+        "plain": f"plain: fast parts would differ in {found.get('layer') or 'attention'}; as exact, slower",
+    }
+    print(f"{found['folder']}: {found['architecture']} ({found['model_type']})")
+    if found["verdict"] == "refused":
+        print(f"  refused     {found['why']}")
+        return
+    print(f"  decoding    {how[found['path']]}")
+    if found["within"] is not None:
+        print(f"  up to       {found['within']} tokens: longer texts would be read in another way and are refused")
+    for name, distance in found["distances"].items():
+        print(f"  {name:<34}{distance:.1e} of the logits' spread")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
+    from foretell.checkpoint import CONFIG_FILE
+
     settings = parse(InspectSettings, argv, prog="foretell inspect")
+    if not (Path(settings.folder) / CONFIG_FILE).is_file() and (Path(settings.folder) / "config.json").is_file():
+        verdict = judge(settings.folder)
+        if settings.json:
+            print(json.dumps(verdict, indent=2))
+        else:
+            _print_verdict(verdict)
+        return 0
     found = describe(settings.folder)
     if settings.json:
         print(json.dumps(found, indent=2))

@@ -147,7 +147,9 @@ def untouched(part: nn.Module) -> bool:
 
 
 def _hooked(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks)
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    # transformers hangs its own on layers at the first call that asks for states, and they do nothing in any other
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
 class _Hooks(OrderedDict):

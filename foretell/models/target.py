@@ -28,7 +28,7 @@ from foretell.models.fast import Copy
 from foretell.models.gated_lora import GatedAdapters, MaskRows
 from foretell.models.graphs import StaticSteps
 from foretell.models.lean_layer import lean_layers
-from foretell.models.live import OfThread, digest
+from foretell.models.live import OfThread, digest, untouched
 from foretell.models.own_logits import LogitFormula, logit_formula, own_logits
 from foretell.models.refusals import UnsupportedModelError, norm_name, refuse_hooks, refuse_model, refuse_now
 from foretell.models.rotary import LengthRotary, TextLengths, stand_in, turns_by_length
@@ -612,9 +612,10 @@ class Target:
         return TargetRows(out.last_hidden_state, self._now.pre_norm)
 
     def _can_be_recorded(self) -> bool:
-        """Whether a step never waits for the device: no experts chosen in Python, no rotary table that grows."""
+        """Whether a step never waits for the device: no experts chosen in Python, no rotary table that grows, and
+        no hooks or forwards of the user's, whose Python would not run again."""
         experts = any(name.endswith("experts") for name, _ in self.decoder.named_modules())
-        return not experts and not self.turns_by_length
+        return not experts and not self.turns_by_length and untouched(self.model)
 
     def forward_static(
         self,

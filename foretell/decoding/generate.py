@@ -163,6 +163,11 @@ class MTPGenerate:
         if streamer is not None and B > 1:
             raise ValueError(f"a streamer takes one sequence; got a batch of {B}.")
         others = of_more_than_one_text(logits_processor) + (of_more_than_one_text(stopping_criteria) if B > 1 else [])
+        if others and self.leave is not None:
+            raise ValueError(
+                f"foretell cannot answer prompts in continuous batches with {', '.join(others)}, which may look at the "
+                "whole batch. Leave it out of model.generation_config."
+            )
         if others and plan.length == 0 and plan.policy not in SPANS:
             given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "streamer": streamer}
             given |= {"generation_config": generation_config, **model_kwargs}

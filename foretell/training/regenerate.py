@@ -220,16 +220,9 @@ class _Answering:
         )
         run.watchers = [] if self.recorder is None else [self.recorder]
         run.leave, run.stop_admitting = leave, self.deadline
-        stats = mtp.model.generate(
+        return mtp.model.generate(
             torch.tensor(filled, device=mtp.device),
             attention_mask=torch.tensor(mask, device=mtp.device),
             custom_generate=run,
             **self.settings,
         ).stats
-        if self.deadline is None and any(key not in self.done for key, _ in batch):
-            raise ValueError(
-                "regenerate: the model's generation config asks for what looks at more than one text (guidance, "
-                "penalties of the prompt, ...), and answers are made in continuous batches. Leave it out of "
-                "model.generation_config."
-            )
-        return stats

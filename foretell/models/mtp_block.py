@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks
+from foretell.models.block_copy import block_copy
 from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
@@ -31,7 +32,7 @@ class MTPBlock(nn.Module):
         self.order, self.chain_raw = order, chain_raw
         self.enorm, self.hnorm = _fresh_norm(target.norm), _fresh_norm(target.norm)
         self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=target.dtype)
-        block, self.layer_type = target.block_copy()
+        block, self.layer_type = block_copy(target)
         self.block = block
         self.norm = copy.deepcopy(target.norm)
         self.masks = RowMasks()

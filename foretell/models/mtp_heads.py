@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks, foretell_attention
+from foretell.models.block_copy import block_copy
 from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
@@ -187,7 +188,7 @@ class LayerBody(Body):
 
     def __init__(self, target: Target, layers: int) -> None:
         super().__init__()
-        copies = [target.block_copy() for _ in range(layers)]
+        copies = [block_copy(target) for _ in range(layers)]
         self.stack = nn.ModuleList(block for block, _ in copies)
         self.layer_type = copies[0][1]
         for index, block in enumerate(self.stack):

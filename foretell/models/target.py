@@ -8,7 +8,6 @@ attention function, ready positions); no modelling file is copied.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import inspect
@@ -253,56 +252,6 @@ class Target:
         rotary = LengthRotary(rotary, self._lengths) if turns_by_length(rotary) else rotary
         with self._lengths.of(position_ids_BT, read_as):
             return rotary(hidden_BTD, position_ids_BT, **({"layer_type": layer_type} if self._rotary_by_type else {}))
-
-    def block_copy(self) -> tuple[nn.Module, str | None]:
-        """A copy of the last decoder layer that runs by itself, attending through our function, and its layer type.
-
-        The copy owns its parameters and its config. Some layers read what others hand them (Gemma 3n's last ones share
-        keys and values): then it is an earlier layer.
-        """
-        kinds = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
-        problems: dict[tuple[Any, ...], str] = {}
-        for layer, kind in zip(reversed(self.layers), reversed(kinds), strict=False):
-            like = (type(layer), kind, *((name, p.shape) for name, p in layer.named_parameters()))
-            if like in problems:
-                continue
-            block = self._copied(layer)
-            try:
-                self._run_alone(block, kind)
-            except Exception as problem:  # whatever code of others raises where it misses something
-                problems[like] = f"{type(problem).__name__}: {problem}"
-            else:
-                return block, kind
-        raise UnsupportedModelError(
-            f"{type(self.model).__name__} ({self.config.model_type}) has no decoder layer that runs by itself "
-            f"({next(iter(problems.values()))[:200]}); wanted one to copy. The methods 'masked' and 'heads' (of any "
-            "type but 'layer') need none."
-        )
-
-    def _copied(self, layer: nn.Module) -> nn.Module:
-        config = copy.copy(self.config)
-        config._attn_implementation_internal = NAME
-        block = copy.deepcopy(layer, {id(self.config): config})
-        for module in block.modules():
-            if getattr(module, "config", None) is not None and hasattr(module, "layer_idx"):
-                module.config = config
-        return block
-
-    @torch.no_grad()
-    def _run_alone(self, block: nn.Module, layer_type: str | None) -> None:
-        """Two tokens through a layer, as a module runs its block."""
-        position_ids_BT = torch.arange(2, device=self.device)[None]
-        masks = RowMasks()
-        masks.begin_text(torch.zeros_like(position_ids_BT))
-        masks.hang_on(block)
-        hidden_BTD = self.embed(position_ids_BT)
-        places = self.position_embeddings(hidden_BTD, position_ids_BT, layer_type)
-        out = block(
-            hidden_BTD, attention_mask=None, position_ids=position_ids_BT, position_embeddings=places, use_cache=False
-        )
-        out = out[0] if isinstance(out, tuple) else out
-        if out.shape != hidden_BTD.shape:
-            raise ValueError(f"states {tuple(hidden_BTD.shape)} come out as {tuple(out.shape)}")
 
     # -- forwards ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""A decoder layer of the target's, copied for a module: one that runs by itself, found by running it."""
+
+# B sequences, T positions, D hidden width.
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from foretell.models.attention import NAME, RowMasks
+from foretell.models.refusals import UnsupportedModelError
+from foretell.models.target import Target
+
+
+def block_copy(target: Target) -> tuple[nn.Module, str | None]:
+    """A copy of the last decoder layer that runs by itself, attending through our function, and its layer type.
+
+    The copy owns its parameters and its config. Some layers read what others hand them (those that share keys and
+    values): then it is an earlier layer.
+    """
+    kinds = getattr(target.config, "layer_types", None) or [None] * len(target.layers)
+    problems: dict[tuple[Any, ...], str] = {}
+    for layer, kind in zip(reversed(target.layers), reversed(kinds), strict=False):
+        like = (type(layer), kind, *((name, p.shape) for name, p in layer.named_parameters()))
+        if like in problems:
+            continue
+        block = _copied(layer, target.config)
+        try:
+            _run_alone(target, block, kind)
+        except Exception as problem:  # whatever code of others raises where it misses something
+            problems[like] = f"{type(problem).__name__}: {problem}"
+        else:
+            return block, kind
+    raise UnsupportedModelError(
+        f"{type(target.model).__name__} ({target.config.model_type}) has no decoder layer that runs by itself "
+        f"({next(iter(problems.values()))[:200]}); wanted one to copy. The methods 'masked' and 'heads' (of any "
+        "type but 'layer') need none."
+    )
+
+
+def _copied(layer: nn.Module, config: Any) -> nn.Module:
+    own = copy.copy(config)
+    own._attn_implementation_internal = NAME
+    block = copy.deepcopy(layer, {id(config): own})
+    for module in block.modules():
+        if getattr(module, "config", None) is not None and hasattr(module, "layer_idx"):
+            module.config = own
+    return block
+
+
+@torch.no_grad()
+def _run_alone(target: Target, block: nn.Module, layer_type: str | None) -> None:
+    """Two tokens through a layer, as a module runs its block."""
+    position_ids_BT = torch.arange(2, device=target.device)[None]
+    masks = RowMasks()
+    masks.begin_text(torch.zeros_like(position_ids_BT))
+    masks.hang_on(block)
+    hidden_BTD = target.embed(position_ids_BT)
+    places = target.position_embeddings(hidden_BTD, position_ids_BT, layer_type)
+    out = block(
+        hidden_BTD, attention_mask=None, position_ids=position_ids_BT, position_embeddings=places, use_cache=False
+    )
+    out = out[0] if isinstance(out, tuple) else out
+    if out.shape != hidden_BTD.shape:
+        raise ValueError(f"states {tuple(hidden_BTD.shape)} come out as {tuple(out.shape)}")

@@ -21,7 +21,14 @@ from drafters import leaning_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
@@ -385,6 +392,22 @@ def test_every_door_gives_back_what_was_trained(target, kind, tmp_path, monkeypa
     loaded = again(target, tmp_path / "best" / "checkpoint-2")
     assert torch.equal(logits(best.mtp.model), logits(loaded.model)) and not moved(best.mtp, copied(loaded))
     assert not torch.equal(logits(best.mtp.model), said)
+
+
+def test_an_adapter_on_four_bits_learns_and_is_stored(tmp_path):
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bits, device_map="cpu")
+
+    trainer = make("own", get_peft_model(load(), LoraConfig(**LORA)), tmp_path, **SGD)
+    before = {name: p.detach().clone() for name, p in trainer.mtp.model.named_parameters()}
+    trainer.train()
+    now = dict(trainer.mtp.model.named_parameters())
+    assert {name for name, p in before.items() if not torch.equal(p, now[name])} == {n for n in now if "lora_" in n}
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "saved")), logits(trainer.mtp.model))
 
 
 def test_a_resumed_run_keeps_every_digit_of_parameters_in_mixed_precision(tmp_path):

@@ -154,6 +154,8 @@ class Learning(nn.Module):
         loss_function = getattr(self.target.model, "loss_function", None)
         if getattr(self.target.config, "output_router_logits", False) or loss_function is not ForCausalLMLoss:
             return False
+        if getattr(self.target.model, "is_quantized", False):
+            return False  # in eval mode bitsandbytes repacks four-bit weights on a CPU for good, then gives no gradient
         if self._plain is None:
             ids_BT = torch.arange(min(16, self.target.vocab_size), device=self.device)[None]
             batch = to_batch({"input_ids": ids_BT})

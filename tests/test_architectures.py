@@ -15,7 +15,9 @@ import pytest
 import torch
 import transformers
 from architectures import NAMES, UNBUILT, build
+from tiny import tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.sequential import SequentialConfig
@@ -101,6 +103,17 @@ def test_equal_or_refused_by_name(cls):
     line = verdict(cls)
     if LOCKED:
         assert recorded()[cls] == line, "docs/architectures.md is stale: see this file's first lines"
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_quantized_layers_are_not_copied(bits, tmp_path):
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(**{bits: True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how)
+    with pytest.raises(ValueError, match="LlamaForCausalLM .llama. has quantized layers .torch.u?int8., of which no"):
+        get_mtp_model(model, SequentialConfig(depth=1))
+    mtp = get_mtp_model(model, HeadsConfig(depth=1))
+    assert mtp(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"])["mtp"][0].total.isfinite()
 
 
 @pytest.mark.skipif(not LOCKED, reason="another transformers: other models")

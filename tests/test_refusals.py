@@ -213,7 +213,7 @@ UNSUPPORTED: dict[str, tuple[type, dict[str, Any], str]] = {
     "gpt2": (
         AutoModelForCausalLM,
         {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        "GPT2LMHeadModel .gpt2. has no output head or no rotary positions",
+        "GPT2LMHeadModel .gpt2. has no rotary positions",
     ),
 }
 

@@ -23,6 +23,13 @@ def block_copy(target: Target) -> tuple[nn.Module, str | None]:
     """
     kinds = getattr(target.config, "layer_types", None) or [None] * len(target.layers)
     problems: dict[tuple[Any, ...], str] = {}
+    name = f"{type(target.model).__name__} ({target.config.model_type})"
+    whole = {str(p.dtype) for p in target.layers.parameters() if not p.dtype.is_floating_point}
+    if whole:
+        raise UnsupportedModelError(
+            f"{name} has quantized layers ({', '.join(sorted(whole))}), of which no copy can be trained; wanted "
+            "weights in floating point. The methods 'masked' and 'heads' (of any type but 'layer') copy none."
+        )
     for layer, kind in zip(reversed(target.layers), reversed(kinds), strict=False):
         like = (type(layer), kind, *((name, p.shape) for name, p in layer.named_parameters()))
         if like in problems:
@@ -35,7 +42,7 @@ def block_copy(target: Target) -> tuple[nn.Module, str | None]:
         else:
             return block, kind
     raise UnsupportedModelError(
-        f"{type(target.model).__name__} ({target.config.model_type}) has no decoder layer that runs by itself "
+        f"{name} has no decoder layer that runs by itself "
         f"({next(iter(problems.values()))[:200]}); wanted one to copy. The methods 'masked' and 'heads' (of any "
         "type but 'layer') need none."
     )

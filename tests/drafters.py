@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foretell.decoding.compose import Composed
 from foretell.methods.sequential import SequentialConfig
+from foretell.models.mtp_block import _set_gain
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.types import Draft, Drafter, SequenceState, Worth
 
@@ -50,6 +51,8 @@ def knowing_mtp(model: nn.Module, noise: float = 0.0, **settings: object) -> MTP
     with torch.no_grad():
         size = mtp.target.embed(torch.arange(mtp.target.vocab_size)).pow(2).mean().sqrt()
         for block in mtp.module.blocks:
+            for norm in (block.enorm, block.hnorm):
+                _set_gain(norm, 1.0)  # the size stands in the fusion here
             block.eh_proj.weight.copy_(torch.randn(D, 2 * D, generator=generator) * noise * size / D**0.5)
             block.eh_proj.weight[:, at : at + D] += torch.eye(D) * size
     return mtp

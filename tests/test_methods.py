@@ -712,4 +712,4 @@ def test_a_sequential_module_starts_as_one_more_last_layer(architecture, source)
     assert likeness.min() > (0.9 if source == "post_norm" and architecture == "gpt_neox" else 0.99)
     assert 0.5 < float(read.pow(2).mean(-1).sqrt().median() / size) < 2.0
     assert 0.2 < float(block.eh_proj.weight[:, 32:].diagonal().abs().median()) < 5.0
-    torch.testing.assert_close(*(float(_gain(norm).mean()) for norm in (block.enorm, block.hnorm)))
+    torch.testing.assert_close(*(float(_gain(norm, hidden[0, 0]).mean()) for norm in (block.enorm, block.hnorm)))

@@ -57,13 +57,12 @@ def parse_settings(
     argv: Sequence[str] | None = None,
     *,
     prog: str = "foretell",
-    extra_keys: Collection[str] = (),
     preset: Callable[[str], dict[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each class: flags win over the file of --config, the file over a preset, that over defaults.
 
-    --help and --print-config print and exit. extra_keys are keys of the file that somebody else reads. preset turns
-    the value of a field named preset into values of other fields.
+    --help and --print-config print and exit. preset turns the value of a field named preset into values of other
+    fields.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -73,7 +72,7 @@ def parse_settings(
     flags = _read_flags(classes, argv, problems)
     entries = []
     for path in [flag.value for flag in flags if flag.name == "config"]:
-        entries += [entry for entry in _read_file(path, problems) if entry.name not in extra_keys]
+        entries += _read_file(path, problems)
     entries += [flag for flag in flags if flag.name not in OURS]
     chosen = [entry for entry in entries if entry.name == "preset" and entry.value not in (None, "null")]
     if preset is not None and chosen:
@@ -98,18 +97,13 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str = "foret
     return parse_settings([cls], argv, prog=prog)[0]
 
 
-def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
-    """An instance from plain values, strictly. where names their source in errors."""
-    return _only(cls, [Entry(f"{where}: {name}" if where else str(name), str(name), v) for name, v in values.items()])
-
-
-def from_yaml(cls: type[T], path: str | Path, *, extra_keys: Collection[str] = ()) -> T:
-    """An instance from a YAML file, strictly, but for extra_keys, which somebody else reads."""
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """An instance from plain values, strictly."""
     problems: list[str] = []
-    entries = [entry for entry in _read_file(path, problems) if entry.name not in extra_keys]
+    instances, _ = _build([cls], [Entry(str(name), str(name), value) for name, value in values.items()], problems)
     if problems:
         raise ConfigError(problems)
-    return _only(cls, entries)
+    return instances[0]
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def to_yaml(*settings: Any) -> str:
-    """One or several dataclasses as one YAML text; from_yaml and --config read it back."""
+    """One or several dataclasses as one YAML text; --config reads it back."""
     return _dump({name: value for one in settings for name, value in to_dict(one).items()})
 
 
@@ -282,14 +276,6 @@ def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _only(cls: type[T], entries: Sequence[Entry]) -> T:
-    problems: list[str] = []
-    instances, _ = _build([cls], entries, problems)
-    if problems:
-        raise ConfigError(problems)
-    return instances[0]
 
 
 def _build(classes: Sequence[type], entries: Sequence[Entry], problems: list[str]) -> tuple[list[Any], dict[str, Any]]:

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanLength
 from foretell.decoding.workspaces import Workspace, Workspaces
 from foretell.methods.base import MTPConfig
-from foretell.methods.learning import Learning
+from foretell.methods.learning import Learning, in_eval_mode
 from foretell.models.fast import copy_key
 from foretell.models.target import Target
 from foretell.types import Drafter, ModuleDrafter
@@ -137,7 +137,7 @@ class MTPModel(Learning):
             self.device
         )
         batch = to_batch(inputs)
-        with _in_eval_mode(self):
+        with in_eval_mode(self):
             rows = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
             return self.module.draft_logits(self.target, batch, rows)
 
@@ -256,20 +256,7 @@ class MTPModel(Learning):
         how = self.notes.get("training") or {}
         if how.get("mtp_training_mode") == "joint" and str(how.get("mtp_supervision")).startswith("student_forced"):
             return "the trained student at k = 1, not the model it was trained from"
-        return getattr(self.module, "reference", "the target")
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """While this is open; afterwards every part has the mode that it had."""
-    learning = [part for part in model.modules() if part.training]
-    for part in learning:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in learning:
-            part.training = True
+        return self.module.reference
 
 
 def custom_generate(mtp: MTPModel, **settings: Any) -> Callable[..., Tensor | MTPGenerateOutput]:

@@ -144,17 +144,12 @@ def test_best_fit_takes_the_fullest_row_with_room():
     assert pack(make_rows([6, 5, 3, 2]), 8).bins == [[0, 3], [1, 2]]
 
 
-def test_long_documents_are_refused_or_cut_never_split():
+def test_long_documents_are_refused_never_split():
     rows = make_rows([4, 9, 11])
     with pytest.raises(ValueError, match=r"rows\[1\]: got 9 tokens, wanted at most 8 .*2 of 3 rows are longer"):
         pack(rows, 8)
-    packed = pack(rows, 8, too_long="truncate")
-    assert sorted(row["input_ids"][-1] for row in packed) == [4, 108, 208]
-    assert all(len(set(map(len, row.values()))) == 1 for row in packed)
     with pytest.raises(ValueError, match="length: got 0"):
         pack(rows, 0)
-    with pytest.raises(ValueError, match="too_long: got 'drop'"):
-        pack(rows, 8, too_long="drop")
 
 
 def test_packed_rows_pack_again_with_their_documents_apart():

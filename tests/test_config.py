@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from foretell.config import ConfigError, check, coerce, from_dict, from_yaml, parse, parse_settings, to_dict, to_yaml
+from foretell.config import ConfigError, check, coerce, from_dict, parse, parse_settings, to_dict, to_yaml
 
 
 class Colour(enum.Enum):
@@ -137,9 +137,9 @@ def test_both_spellings_and_a_bare_word():
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: smol\nsteps: 5\ndepth: 4\nscale: 5e-5\nkind: none\nreport: no\nmeasured: {tau: 2.0}\n")
+    file.write_text("model: smol\nsteps: 5\ndepth: 4\nscale: 5e-5\nkind: none\nreport: no\n")
     argv = ["--depth", "6", "--config", str(file)]
-    run, module = parse_settings([Run, Module], argv, extra_keys=["measured"])
+    run, module = parse_settings([Run, Module], argv)
     assert (run.model, run.steps, run.report, module.depth, module.scale, module.kind, module.size) == (
         *("smol", 5, "no", 6, 5e-5, "none", None),
     )
@@ -227,14 +227,14 @@ def test_a_bad_file_is_refused_with_its_name(tmp_path, text, said):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        from_yaml(Module, file)
+        parse(Module, ["--config", str(file)])
     assert said in str(caught.value)
     assert str(file) in str(caught.value)
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert from_yaml(Module, tmp_path / "empty.yaml") == Module()
+    assert parse(Module, ["--config", str(tmp_path / "empty.yaml")]) == Module()
 
 
 def test_yaml_and_dicts_come_back_equal(tmp_path):
@@ -243,10 +243,10 @@ def test_yaml_and_dicts_come_back_equal(tmp_path):
         colour=Colour.BLUE, extra={"a": 2}, draft=3, inner=Inner(9), names=["null", "1", "ü"],
     )  # fmt: skip
     (tmp_path / "m.yaml").write_text(to_yaml(module))
-    assert from_yaml(Module, tmp_path / "m.yaml") == module
+    assert parse(Module, ["--config", str(tmp_path / "m.yaml")]) == module
     assert from_dict(Module, to_dict(module)) == module
-    with pytest.raises(ConfigError, match="made.json: dept: unknown name"):
-        from_dict(Module, {"dept": 1}, where="made.json")
+    with pytest.raises(ConfigError, match="dept: unknown name"):
+        from_dict(Module, {"dept": 1})
 
 
 def test_print_config_is_a_complete_config_file(tmp_path, capsys):
@@ -362,7 +362,7 @@ def test_training_arguments_come_back_from_yaml_without_secrets(arguments, tmp_p
     for text in (printed, to_yaml(args)):
         assert "secret" not in text
         (tmp_path / "args.yaml").write_text(text)
-        again = from_yaml(arguments, tmp_path / "args.yaml")
+        again = parse(arguments, ["--config", str(tmp_path / "args.yaml")])
         assert (again.seed, again.output_dir, again.optim, again.report_to) == (7, "x", args.optim, [])
 
 

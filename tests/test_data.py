@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from foretell.data.formats import detect_form, load_rows
+from foretell.data.formats import load_rows
+from foretell.data.rows import detect_form
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 ROWS = [

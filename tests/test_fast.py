@@ -25,7 +25,8 @@ from foretell.models.fast import FusedLayer, copy_key, fast_view
 from foretell.models.linears import FusedRMSNorm, PackedLinear, fused_norm
 from foretell.models.slot_cache import CACHE_NAMES, SlotCache
 from foretell.models.target import Target
-from foretell.ops.tree import brute_force_visible, chain
+from foretell.ops.tree import chain
+from tests.twins import brute_force_visible
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foretell.ops.losses import default_chunk_rows, depth_weights, linear_loss, naive_linear_loss
+from foretell.ops.losses import default_chunk_rows, depth_weights, linear_loss
 from foretell.types import IGNORE_INDEX, LossSum
+from tests.twins import naive_linear_loss
 
 N, S, D, M = 37, 23, 16, 53
 CHUNK = 8  # does not divide N: the last chunk is short

@@ -52,7 +52,7 @@ from foretell.models import comb_attention
 from foretell.models.comb_attention import CombKeys, dense_attention, tiled_attention
 from foretell.models.gated_lora import GatedAdapters
 from foretell.mtp import MTPModel, get_mtp_model
-from foretell.ops.tree import brute_force_visible, comb, interval_mask_mod
+from foretell.ops.tree import depths, interval_mask_mod
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch
 from tests.test_methods import ROWS, assert_close, documents, gradients, off, packed
 from tests.test_methods import make as make_any
@@ -68,8 +68,9 @@ from tests.test_trainer import (  # noqa: F401 (quick_collections is a fixture)
     run,
     trainer_of,
 )
-from tests.test_tree import DOCUMENTS
+from tests.test_tree import DOCUMENTS, comb
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
+from tests.twins import brute_force_visible
 
 # fp32 attention in an fp64 model: a few roundings of 6e-8 at each layer
 EXACT = 1e-6
@@ -360,8 +361,9 @@ def test_tiled_attention_is_dense_attention(shape, window, monkeypatch):
 
 def tree_rule(masks: int, window: int | None, document_T: Tensor) -> Tensor:
     """bool [R, R] over the rows of a comb: walking parents, and counting positions for the window."""
-    parents_BR, _, positions_BR = comb(len(document_T), masks, document_T[None])
-    apart_RR = positions_BR[0][:, None] - positions_BR[0]
+    parents_BR, _ = comb(document_T[None], masks)
+    position_R = depths(parents_BR)[0]
+    apart_RR = position_R[:, None] - position_R
     seen_RR = brute_force_visible(parents_BR[0].tolist())
     return seen_RR if window is None else seen_RR & (apart_RR < window)
 

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from foretell.data.formats import load_rows
-from foretell.data.prompts import encode_prompt, encode_prompts, encode_row, encode_rows, preview, prompts_of
+from foretell.data.prompts import encode_prompt, encode_prompts, encode_row, encode_rows, prompts_of
+from tests.twins import preview
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -296,8 +297,3 @@ def test_only_ids_that_occur_must_fit_the_vocabulary():
         encode_rows([{"text": "one <image>"}], tokenizer, vocab_size=size)
     with pytest.raises(ValueError, match=f"rows.0.: got token id {size}, wanted"):
         encode_prompts([{"prompt": "one <image>"}], tokenizer, vocab_size=size)
-
-
-def test_preview_in_colour():
-    shown = preview({"prompt": "one", "completion": " two"}, make_tokenizer(), colour=True)
-    assert shown == "one\033[32m two<|im_end|>\033[0m"

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from foretell.ops.shift import ahead, future_labels, next_labels
-from foretell.types import IGNORE_INDEX, PAD_DOCUMENT
+from foretell.ops.shift import ahead, check_depth, labels_of, next_labels
+from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch
+
+
+def future_labels(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
+    """labels_of a batch of which nothing else is known."""
+    return labels_of(Batch(labels_BT, labels_BT, document_BT, torch.zeros_like(labels_BT)), depth)
 
 
 def by_definition(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
@@ -115,9 +120,8 @@ def test_nothing_is_ahead_of_the_end_and_padding_is_nowhere():
 
 @pytest.mark.parametrize("depth", [-1, 0, 4, 5, 100])
 def test_a_depth_that_no_row_can_hold_is_refused(depth):
-    rows = torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(ValueError, match=r"\[1, T-2\] = \[1, 3\] for rows of T=5 tokens, got"):
-        future_labels(rows, rows, depth)
+        check_depth(depth, 5)
 
 
 def test_other_bad_input_is_refused():

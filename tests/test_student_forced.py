@@ -31,7 +31,7 @@ from foretell.methods.student_forced import choose_regions
 from foretell.models.target import Target
 from foretell.mtp import MTPModel
 from foretell.ops.shift import labels_of
-from foretell.ops.tree import ancestors, comb, depths, hang
+from foretell.ops.tree import ancestors, depths, hang
 from foretell.training.objective import choose_labels
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch
 from tests.test_masked import make
@@ -162,15 +162,6 @@ def test_the_papers_figure():
     assert found[0] == [(4, 5), (5, 6), (8, 9), (9, 10), (12, 13), (13, 14)]
     assert found[1] == [(3, 4), (4, 5), (7, 8), (8, 9), (11, 12), (12, 13)]  # a freed token behind
     assert found[3] == [(1, 2), (2, 3), (5, 6), (6, 7), (9, 10), (10, 11), (13, 14), (14, 14)]  # filled with the last
-
-
-def test_where_all_tokens_carry_masks_the_tree_is_a_comb():
-    for document_BT in (torch.zeros(2, 7, dtype=torch.long), to_batch(packed(ROWS)).document_BT):
-        B, T = document_BT.shape
-        owner_BO = torch.arange(T).expand(B, T)
-        parents_BR, kinds_BR = hang(document_BT, owner_BO, torch.ones(B, T, dtype=torch.bool), 3)
-        wanted_parents_BR, wanted_kinds_BR, _ = comb(T, 3, document_BT)
-        assert torch.equal(parents_BR, wanted_parents_BR) and torch.equal(kinds_BR, wanted_kinds_BR)
 
 
 def test_every_k_meets_every_offset():

@@ -1,4 +1,4 @@
-"""Every mask equals the definition by walking parents: trees, chains, packed documents, combs, FlexAttention's too."""
+"""Every mask equals the definition by walking parents: trees, chains, packed documents, combs."""
 
 # B sequences, T tokens, K masks a token, R rows of a forward, L columns.
 
@@ -7,24 +7,22 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 
 from foretell.ops.tree import (
     MASK,
     PADDING,
     ROOT,
     ancestors,
-    brute_force_visible,
     chain,
     chain_mask,
-    comb,
-    comb_mask_mod,
     depths,
     document_mask,
     forest,
+    hang,
     row_mask,
 )
 from foretell.types import PAD_DOCUMENT
+from tests.twins import brute_force_visible
 
 DOCUMENTS = torch.tensor(
     [
@@ -135,38 +133,36 @@ def test_document_mask_is_the_forest(window):
     assert parents_BT[2].tolist() == [ROOT, 0, ROOT, 2, 3, 4, PADDING, PADDING, PADDING]
 
 
-def test_comb_layout_and_positions():
-    parents, kinds, positions = comb(3, 2)
+def comb(document_BT: Tensor, masks: int) -> tuple[Tensor, Tensor]:
+    """(parents, kinds) of a text whose tokens all carry masks."""
+    every_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    return hang(document_BT, torch.arange(document_BT.shape[1]).expand_as(document_BT), every_BT, masks)
+
+
+def test_comb_layout():
+    parents, kinds = comb(torch.zeros(1, 3, dtype=torch.long), 2)
     assert parents.tolist() == [[ROOT, 0, 1, 0, 3, 1, 5, 2, 7]]
     assert (kinds == MASK).tolist() == [[False] * 3 + [True] * 6]
-    assert positions.tolist() == [[0, 1, 2, 1, 2, 2, 3, 3, 4]]
+    assert depths(parents).tolist() == [[0, 1, 2, 1, 2, 2, 3, 3, 4]]
     for masks in (1, 3):
-        parents, _, positions = comb(9, masks, DOCUMENTS)
-        assert torch.equal(positions, depths(parents)), "a row stands at its depth in the tree"
+        parents, _ = comb(DOCUMENTS, masks)
         assert torch.equal(parents[:, :9], forest(DOCUMENTS))
+        for b, document_T in enumerate(DOCUMENTS.tolist()):
+            rows = iter(range(9, 9 * (1 + masks)))
+            wanted = [(t, next(rows)) for t in range(9) for _ in range(masks)]
+            for i, (t, row) in enumerate(wanted):
+                above = t if i % masks == 0 else row - 1
+                assert int(parents[b, row]) == (PADDING if document_T[t] == PAD_DOCUMENT else above)
 
 
 def test_no_token_of_a_comb_sees_a_mask_and_no_mask_sees_another_block():
     T, K = 9, 3
-    parents, kinds, _ = comb(T, K, DOCUMENTS)
+    parents, kinds = comb(DOCUMENTS, K)
     visible = ancestors(parents)
     assert not (visible & (kinds == MASK)[:, None] & (kinds != MASK)[..., None]).any()
     block = (torch.arange(T * (1 + K)) - T).div(K, rounding_mode="floor")
     masks_only = visible[:, T:, T:]
     assert not (masks_only & (block[T:, None] != block[T:])).any()
-
-
-@pytest.mark.parametrize("window", [None, 1, 3, 5])
-@pytest.mark.parametrize("masks", [1, 2, 4])
-def test_flex_mask_mod_of_a_comb_is_the_tree(masks, window):
-    T, R = 9, 9 * (1 + masks)
-    parents = comb(T, masks, DOCUMENTS)[0]
-    got = create_mask(comb_mask_mod(T, masks, DOCUMENTS, window), 3, 1, R, R, device="cpu")[:, 0]
-    for b in range(3):
-        assert torch.equal(got[b], row_mask_by_walking(parents[b].tolist(), 0, R, window))
-    # one document, and the masks alone over the tokens' kept keys
-    alone = create_mask(comb_mask_mod(T, masks, window=window, first_row=T), 1, 1, R - T, R, device="cpu")
-    assert torch.equal(alone[0, 0], got[0, T:])
 
 
 def test_bad_input_is_refused():
@@ -178,7 +174,3 @@ def test_bad_input_is_refused():
         row_mask(chain(3)[None], torch.tensor([0]), 2)
     with pytest.raises(ValueError, match="window must be at least 1"):
         chain_mask(2, torch.tensor([0]), 4, window=0)
-    with pytest.raises(ValueError, match="at least 1 token and 1 mask, got 4 and 0"):
-        comb(4, 0)
-    with pytest.raises(ValueError, match=r"\(3, 9\) for 4 tokens"):
-        comb(4, 1, DOCUMENTS)

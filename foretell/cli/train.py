@@ -88,8 +88,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             "output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR."
         )
-    from foretell.data.formats import detect_form, load_rows
+    from foretell.data.formats import load_rows
     from foretell.data.prompts import encode_rows
+    from foretell.data.rows import detect_form
     from foretell.data.vocabulary import coverage, frequent_tokens
     from foretell.mtp import get_mtp_model
     from foretell.training.regenerate import eos_ids, regenerate

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,8 +121,8 @@ def positions_of(document_BT: Tensor) -> Tensor:
 class PackedRows(Sequence):
     """Rows that hold several documents each, put together when they are asked for: kept hidden states stay on disk."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], bins: list[list[int]], length: int):
-        self._rows, self.bins, self._length = rows, bins, length
+    def __init__(self, rows: Sequence[Mapping[str, Any]], bins: list[list[int]]):
+        self._rows, self.bins = rows, bins
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -130,7 +130,7 @@ class PackedRows(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        rows = [_whole(self._rows[at], self._length) for at in self.bins[index]]
+        rows = [_whole(self._rows[at]) for at in self.bins[index]]
         packed: dict[str, Any] = {"input_ids": [], "labels": [], "document_ids": [], "position_ids": []}
         for row in rows:
             # rows that are packed already keep their documents apart, under new numbers
@@ -142,40 +142,34 @@ class PackedRows(Sequence):
         return packed
 
 
-def pack(
-    rows: Sequence[Mapping[str, Any]], length: int, too_long: Literal["error", "truncate"] = "error"
-) -> PackedRows:
+def pack(rows: Sequence[Mapping[str, Any]], length: int) -> PackedRows:
     """Pack encoded rows into rows of at most `length` tokens, by best-fit decreasing; no document is ever split.
 
     Args:
         rows: encoded rows: input_ids, labels, and what else the collator takes.
         length: in tokens.
-        too_long: what becomes of a row longer than that.
 
     Returns:
         A list-like of rows with input_ids, labels, document_ids, position_ids (restarting) and hidden_states, if the
         rows have them. `bins` holds the indices of the rows in each.
 
     Raises:
-        ValueError: a row longer than `length` tokens, unless they are to be truncated.
+        ValueError: a row longer than `length` tokens.
     """
     if length < 1:
         raise ValueError(f"length: got {length}, wanted at least 1 token.")
-    if too_long not in ("error", "truncate"):
-        raise ValueError(f"too_long: got {too_long!r}, wanted 'error' or 'truncate'.")
     lengths = [len(rows[at]["input_ids"]) for at in range(len(rows))]
     longer = [at for at, tokens in enumerate(lengths) if tokens > length]
-    if longer and too_long == "error":
+    if longer:
         raise ValueError(
             f"rows[{longer[0]}]: got {lengths[longer[0]]} tokens, wanted at most {length} to pack a row without "
-            f"splitting it ({len(longer)} of {len(lengths)} rows are longer). Pack to a larger length, or pass "
-            "too_long='truncate'."
+            f"splitting it ({len(longer)} of {len(lengths)} rows are longer). Pack to a larger length, or cut the rows."
         )
     bins: list[list[int]] = []
     bins_by_room: dict[int, list[int]] = {}
     rooms: list[int] = []  # sorted keys of bins_by_room
     for at in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
-        tokens = min(lengths[at], length)
+        tokens = lengths[at]
         found = bisect_left(rooms, tokens)
         if found == len(rooms):
             room, chosen = length, len(bins)
@@ -191,11 +185,11 @@ def pack(
             insort(rooms, left)
         bins_by_room.setdefault(left, []).append(chosen)
     # the order of the data, not of the packing: a loader without shuffling must not see long documents first
-    return PackedRows(rows, sorted(sorted(chosen) for chosen in bins), length)
+    return PackedRows(rows, sorted(sorted(chosen) for chosen in bins))
 
 
-def _whole(row: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
-    """A row with every column, as lists of at most `length`, and no label on a document's first token."""
+def _whole(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with every column, as lists, and no label on a document's first token."""
     ids = list(as_list(row["input_ids"]))
     if not ids:
         raise ValueError("got a row without tokens, wanted at least one; drop it before collating.")
@@ -217,7 +211,7 @@ def _whole(row: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
     }
     if row.get("hidden_states") is not None:
         whole["hidden_states"] = row["hidden_states"]
-    return {name: values[:length] for name, values in whole.items()}
+    return whole
 
 
 def _padded(rows: list[dict[str, Any]], name: str, T: int, fill: int) -> Tensor:

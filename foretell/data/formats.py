@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foretell.data.rows import check_row, detect_form
-
-__all__ = ["Rows", "detect_form", "load_rows"]
+from foretell.data.rows import check_row
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_PROBLEMS = 10  # enough to see a pattern, few enough to read

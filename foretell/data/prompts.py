@@ -281,20 +281,6 @@ def encode_prompts(
     return prompts, rows.skipped + problems.count
 
 
-def preview(row: Mapping[str, Any], tokenizer: Any, colour: bool = False) -> str:
-    """The row as text with the trained tokens in ⟦brackets⟧, or green in a terminal. For people who check masks."""
-    encoded = encode_row(row, tokenizer)
-    before, after = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
-    pieces, start, ids = [], 0, encoded["input_ids"]
-    trained = [label != IGNORE_INDEX for label in encoded["labels"]]
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or trained[at] != trained[start]:
-            text = tokenizer.decode(ids[start:at])
-            pieces.append(before + text + after if trained[start] else text)
-            start = at
-    return "".join(pieces)
-
-
 def _ready_mask(row: Mapping[str, Any], length: int) -> list[int]:
     """1 where a ready row is trained. Labels win over masks; several masks must all agree, as in TRL."""
     if row.get("labels") is not None:

@@ -26,11 +26,11 @@ def check_policy(policy: str) -> None:
         raise ValueError(f"unknown policy {policy!r}, choose one of {', '.join(POLICIES)}.")
 
 
-def typical_thresholds(probs_RV: Tensor, epsilon: float = TYPICAL_EPSILON, delta: float = TYPICAL_DELTA) -> Tensor:
+def typical_thresholds(probs_RV: Tensor) -> Tensor:
     """[R]: a draft below a row is kept if the target gives it more than min(epsilon, delta * exp(-H)).
 
     H is the entropy of the row in nats. Medusa (arXiv 2401.10774), section 2.3.1: the less sure the target is, the less
     likely a token need be.
     """
     entropy_R = torch.special.entr(probs_RV).sum(-1)
-    return (delta * torch.exp(-entropy_R)).clamp(max=epsilon)
+    return (TYPICAL_DELTA * torch.exp(-entropy_R)).clamp(max=TYPICAL_EPSILON)

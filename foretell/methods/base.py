@@ -99,6 +99,7 @@ class MTPModule(nn.Module):
     usual_layout: str | None = None  # which rows carry masks, where the caller does not say; of modules that lay any
     shortest_text = 0  # tokens of a text below which there is nothing to train
     teacher: Target | None = None  # of proposals, where the target itself learns: a frozen copy, never saved
+    reference = "the target"  # whose text a lossless output is
     reads_states = True  # whether the target's states are all it needs of a text, so that kept ones will do
     draft_vocab_ids: Tensor | None
 
@@ -162,10 +163,8 @@ class MTPModule(nn.Module):
         assert rows.pre_norm_BRD is not None, "the target's forward must capture the states before its final norm"
         return rows.pre_norm_BRD
 
-    def depth_states(
-        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
-    ) -> Iterator[Tensor]:
-        """[B, T, D] for each depth 1..depths, what its output head reads."""
+    def depth_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
+        """[B, T, D] for each depth, what its output head reads."""
         raise TypeError(f"{type(self).__name__} says nothing about its depths.")
 
     def propose(

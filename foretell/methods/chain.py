@@ -75,8 +75,8 @@ class OwnDrafter(ModuleDrafter):
 
     name = "mtp"
 
-    def __init__(self, module: MTPModule, target: Target, sample: bool) -> None:
-        self.module, self.target, self.sample = module, target, sample
+    def __init__(self, module: MTPModule, target: Target) -> None:
+        self.module, self.target = module, target
         self.warp: Warp | None = None  # what drawn drafts' scores go through
         self._renew()
 
@@ -111,8 +111,8 @@ class OwnDrafter(ModuleDrafter):
 class ChainDrafter(OwnDrafter, ABC):
     """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now)."""
 
-    def __init__(self, module: MTPModule, target: Target, sample: bool) -> None:
-        super().__init__(module, target, sample)
+    def __init__(self, module: MTPModule, target: Target) -> None:
+        super().__init__(module, target)
         self._head = module.draft_head(target)
 
     def span_logits(

@@ -148,16 +148,14 @@ class HeadsModule(MTPModule):
         super().set_draft_vocabulary(ids_M)
         self._copy_head()
 
-    def depth_states(
-        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
-    ) -> Iterator[Tensor]:
+    def depth_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
         """See MTPModule. Heads that attend are computed again in the backward pass: memory does not grow with K."""
         hidden_BTD = self.dropout(source_BTD)
-        for head in self.heads[: depths or self.config.depth]:
+        for head in self.heads:
             head.masks.begin_text(batch.document_BT)
             dtype = next(head.parameters()).dtype  # fp32 master weights may stand beside a bf16 target
             places = None
-            if hasattr(head.body, "layer_type"):
+            if head.body.turns:
                 places = target.position_embeddings(hidden_BTD, batch.position_ids_BT, head.body.layer_type)
             arguments = (hidden_BTD.to(dtype), batch.position_ids_BT, places)
             if self.training and torch.is_grad_enabled() and head.body.reach is None:
@@ -173,9 +171,9 @@ class HeadsModule(MTPModule):
         output = self.heads[depth - 1].output
         return output.weight, output.bias
 
-    def drafter(self, target: Target, sample: bool = False) -> HeadsDrafter:
-        """A drafter over the heads' current weights; sample: draw drafts from their distributions instead of argmax."""
-        return HeadsDrafter(self, target, sample)
+    def drafter(self, target: Target) -> HeadsDrafter:
+        """A drafter over the heads' current weights."""
+        return HeadsDrafter(self, target)
 
 
 class HeadsDrafter(OwnDrafter):
@@ -184,8 +182,8 @@ class HeadsDrafter(OwnDrafter):
     Heads that look back keep keys and values of their own (mha_ffn, layer) or read the few states before (cnn).
     """
 
-    def __init__(self, module: HeadsModule, target: Target, sample: bool = False) -> None:
-        super().__init__(module, target, sample)
+    def __init__(self, module: HeadsModule, target: Target) -> None:
+        super().__init__(module, target)
         self.tree: list[tuple[int, ...]] | None = None  # guesses by rank (decoding/trees.py); None is a chain
         # heads that look back a little need the newest states only: a ring a slot
         reach = module.heads[0].body.reach
@@ -342,7 +340,7 @@ class HeadsDrafter(OwnDrafter):
         at_BR = torch.stack([self._at(s, places_R) for s, places_R in zip(sequences, positions_BR, strict=True)])
         hidden_BRD = self._states.held(0)[0][at_BR]
         places = None
-        if hasattr(head.body, "layer_type"):
+        if head.body.turns:
             read_as = [s.read_as for s in sequences]
             places = self.target.position_embeddings(hidden_BRD, positions_BR, head.body.layer_type, read_as)
         state_BRD = head.body(hidden_BRD.to(self._dtype(hidden_BRD)), positions_BR, places, own_cache)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from foretell.data.collate import positions_of, to_batch
-from foretell.methods.base import GradientMode, LossKind, MTPConfig, Supervision
+from foretell.methods.base import GradientMode, LossKind, Supervision
+from foretell.methods.reading import CombRows
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
 from foretell.ops.shift import check_depth, next_labels, prefix_labels
@@ -28,7 +29,7 @@ from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch, LossSum
 class Learning(nn.Module):
     """A target and its module as trainers see them; MTPModel is one."""
 
-    mtp_config: MTPConfig
+    mtp_config: Any
     model: Any
     target: Target
     module: Any
@@ -64,7 +65,7 @@ class Learning(nn.Module):
         if not plain and self.module.text_learns(joint=False):
             raise ValueError("lora_gate=False: this model's loss is more than the cross-entropy of its logits.")
         own, rows, ntp = None, None, None
-        with nullcontext() if train_target else self._at_rest():
+        with nullcontext() if train_target else in_eval_mode(self.model):
             if outputs or not plain:
                 with nullcontext() if train_target else torch.no_grad():
                     own, rows = self._ask(batch, labels_BT)
@@ -85,7 +86,7 @@ class Learning(nn.Module):
             stay=stay,
         )
         if anchored and ntp is not None:
-            ntp.total = ntp.total * getattr(self.mtp_config, "prefix_loss_weight", 1.0)
+            ntp.total = ntp.total * self.mtp_config.prefix_loss_weight
         return {"ntp": ntp, **losses, "outputs": own}
 
     def losses_of(
@@ -102,7 +103,7 @@ class Learning(nn.Module):
     ) -> dict[str, Any]:
         """What forward returns but ntp and outputs, of states that were read."""
         # noise on embeddings (NEFTune) is the module's too, where it reads them itself
-        resting = self._at_rest(*([] if self.module.lays_masks else [self.target.embed_tokens]))
+        resting = in_eval_mode(self.model, *([] if self.module.lays_masks else [self.target.embed_tokens]))
         learns = torch.is_grad_enabled() and mtp_training_mode != "disabled"
         with torch.set_grad_enabled(learns), nullcontext() if train_target else resting:
             mtp = self.module.losses(
@@ -115,7 +116,7 @@ class Learning(nn.Module):
                 coefficients_K=mtp_coefficients,
             )
         held = self.staying(batch, rows) if stay and rows is not None else None
-        return {"mtp": mtp, "anchor": getattr(rows, "anchor", None), "stay": held}
+        return {"mtp": mtp, "anchor": rows.anchor if isinstance(rows, CombRows) else None, "stay": held}
 
     def _by_states(self, rows: TargetRows | None, labels_BT: Tensor, learns: bool) -> LossSum:
         assert rows is not None, "what learns the text has read it"
@@ -160,7 +161,7 @@ class Learning(nn.Module):
             ids_BT = torch.arange(min(16, self.target.vocab_size), device=self.device)[None]
             batch = to_batch({"input_ids": ids_BT})
             labels_BT = next_labels(batch.labels_BT, batch.document_BT)
-            with torch.no_grad(), self._at_rest():
+            with torch.no_grad(), in_eval_mode(self.model):
                 own, rows = self._ask(batch, labels_BT)
                 mine = self._by_states(rows, labels_BT, learns=False)
             tolerance = 1e-4 if self.target.dtype == torch.float32 else 2e-2
@@ -169,7 +170,7 @@ class Learning(nn.Module):
 
     def staying(self, batch: Batch, rows: TargetRows) -> LossSum:
         """KL of the target from itself with its adapter switched off, where labels are (Medusa, section 2.3.2)."""
-        with torch.no_grad(), self._at_rest(), self.model.disable_adapter():
+        with torch.no_grad(), in_eval_mode(self.model), self.model.disable_adapter():
             was = self.target.forward_text(batch.input_ids_BT, batch.position_ids_BT).post_norm_BRD
             teacher_VD, teacher_bias_V = self.target.head_matrix(detach=True)
         (weight_VD, bias_V), D = self.target.head_matrix(), self.target.hidden_size
@@ -185,18 +186,6 @@ class Learning(nn.Module):
             teacher_weight_MD=teacher_VD,
             teacher_bias_M=teacher_bias_V,
         )
-
-    @contextmanager
-    def _at_rest(self, *but: nn.Module) -> Iterator[None]:
-        """While this is open the target is in eval mode, as one that does not learn is read: no noise of dropout."""
-        noisy = [part for part in self.model.modules() if part.training and part not in but]
-        for part in noisy:
-            part.training = False
-        try:
-            yield
-        finally:
-            for part in noisy:
-                part.training = True
 
     def make_trainable(self) -> None:
         """Parameters of the module that never learn stop asking for a gradient. Those that do become fp32 master
@@ -228,6 +217,19 @@ class Learning(nn.Module):
             return TargetRows(hidden_BTD, None)
         with torch.no_grad():
             return TargetRows(self.target.norm(hidden_BTD), hidden_BTD)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module, *but: nn.Module) -> Iterator[None]:
+    """While this is open: no noise of dropout. Afterwards every part has the mode that it had."""
+    noisy = [part for part in model.modules() if part.training and part not in but]
+    for part in noisy:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in noisy:
+            part.training = True
 
 
 def _own_loss(own: Any, labels_BT: Tensor) -> LossSum:

@@ -257,8 +257,8 @@ class MaskedModule(MTPModule):
         return self.config.region_tokens // self.config.regions if self.config.mask_positions == REGIONS else 0
 
     @property
-    def reference(self) -> str:
-        """Whose text a lossless output is."""
+    def reference(self) -> str:  # type: ignore[override]
+        """See MTPModule."""
         return "the target" if self.gated else "the target with the module's adapters on, not the target alone"
 
     def text_learns(self, joint: bool) -> bool:
@@ -436,16 +436,14 @@ class MaskedModule(MTPModule):
 
     # -- analysis and drafting -----------------------------------------------------------------------------------------
 
-    def depth_states(
-        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
-    ) -> Iterator[Tensor]:
+    def depth_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
         """See MTPModule: the masks of every token, and of its following tokens the embeddings that are there."""
         carries_BT = batch.document_BT != PAD_DOCUMENT
         states_BTKD = source_BTD.new_zeros(*carries_BT.shape, self.config.depth, source_BTD.shape[2])
         for piece in self.pieces(target, batch, carries_BT):
             b_N, o_N = piece.valid_BO.nonzero(as_tuple=True)
             states_BTKD[b_N, piece.owner_BO[b_N, o_N]] = piece.masks_BOKD[b_N, o_N].to(states_BTKD.dtype)
-        for k in range(1, (depths or self.config.depth) + 1):
+        for k in range(1, self.config.depth + 1):
             if self.sampler is None:
                 yield states_BTKD[:, :, k - 1]
                 continue
@@ -453,9 +451,9 @@ class MaskedModule(MTPModule):
             embedding_BTD = target.embed(ids_BT) * inside_BT[..., None].to(source_BTD.dtype)
             yield self.sampler(embedding_BTD.detach() if detach else embedding_BTD, states_BTKD[:, :, k - 1])
 
-    def drafter(self, target: Target, sample: bool = False) -> MaskedDrafter:
-        """A drafter over the module's current weights; sample: draw drafts from its distribution instead of argmax."""
-        return MaskedDrafter(self, self.sampler, target, sample)
+    def drafter(self, target: Target) -> MaskedDrafter:
+        """A drafter over the module's current weights."""
+        return MaskedDrafter(self, self.sampler, target)
 
 
 def _by_group(hidden_ND: Tensor, weight_MD: Tensor, group_N: Tensor, groups: int, **what: Any) -> LossSum:

@@ -34,8 +34,8 @@ Layout = Literal["linear", "quadratic", "auto", "two_pass"]
 class MaskedDrafter(ChainDrafter):
     """A chain a sequence: the sampler reads mask after mask, each with the token drafted before it."""
 
-    def __init__(self, module: MTPModule, sampler: nn.Module | None, target: Target, sample: bool = False) -> None:
-        super().__init__(module, target, sample)
+    def __init__(self, module: MTPModule, sampler: nn.Module | None, target: Target) -> None:
+        super().__init__(module, target)
         self.layout: Layout = "quadratic"
         self.masks = module.config.depth  # K of each block
         self._sampler = None if sampler is None else fast_view(sampler)

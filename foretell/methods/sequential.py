@@ -82,15 +82,13 @@ class SequentialModule(MTPModule):
         """The block of a depth (1-based)."""
         return self.blocks[0 if self.config.shared_module else depth - 1]
 
-    def depth_states(
-        self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool, depths: int | None = None
-    ) -> Iterator[Tensor]:
-        """h^k for k = 1..depths: [B, T, D] each, what the output head reads. detach keeps gradient from the
+    def depth_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
+        """h^k for k = 1..K: [B, T, D] each, what the output head reads. detach keeps gradient from the
         embeddings."""
         for block in self.blocks:
             block.masks.begin_text(batch.document_BT)
         hidden_BTD = source_BTD
-        for k in range(1, (depths or self.config.depth) + 1):
+        for k in range(1, self.config.depth + 1):
             ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
             embedding_BTD = target.embed(ids_BT)
             if detach:
@@ -128,9 +126,9 @@ class SequentialModule(MTPModule):
             chain.append(self.guess(target, states[-1], k))
         return torch.stack(chain[:-1], dim=-1), states
 
-    def drafter(self, target: Target, sample: bool = False) -> SequentialDrafter:
-        """A drafter over the module's current weights; sample: draw drafts from its distribution instead of argmax."""
-        return SequentialDrafter(self, target, sample)
+    def drafter(self, target: Target) -> SequentialDrafter:
+        """A drafter over the module's current weights."""
+        return SequentialDrafter(self, target)
 
 
 class SequentialDrafter(ChainDrafter):
@@ -142,8 +140,8 @@ class SequentialDrafter(ChainDrafter):
 
     module: SequentialModule
 
-    def __init__(self, module: SequentialModule, target: Target, sample: bool = False) -> None:
-        super().__init__(module, target, sample)
+    def __init__(self, module: SequentialModule, target: Target) -> None:
+        super().__init__(module, target)
         self._view = fast_view(module)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)

@@ -10,7 +10,6 @@ module, one for each sliding window that the model uses.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -25,7 +24,6 @@ from foretell.ops.tree import chain_mask, depths, document_mask, row_mask
 
 NAME = "foretell"
 _LONG = 512  # columns, from which on it pays to look which of them are hidden from all rows
-_ASKED = threading.local()  # the masks that a model's own code asks for while its decoder runs
 
 
 class RowMasks(OfThread):
@@ -70,13 +68,7 @@ class RowMasks(OfThread):
         """
         if self.full and (window is None or self.visible <= window):
             return None
-        if additive is not None:
-            if (window, groups, additive) not in self._made:
-                seen = self.get(window, groups)
-                hidden = torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill_(~seen, -torch.inf)
-                self._made[window, groups, additive] = hidden
-            return self._made[window, groups, additive]
-        key = (window, groups)
+        key = (window, groups, additive)
         if key not in self._made:
             if self.document_BT is not None:
                 mask_BRL = document_mask(self.document_BT, window=window)
@@ -84,14 +76,13 @@ class RowMasks(OfThread):
                 mask_BRL = chain_mask(self.rows, self.lengths_B, self.visible, self.valid_rows_B, window=window)
             else:
                 mask_BRL = row_mask(self.parents_BR, self.lengths_B, self.visible, window=window)
-            self._made[key] = mask_BRL.repeat(1, groups, 1)[:, None]
+            self._made[key] = _widened(mask_BRL[:, None], groups, additive)
         return self._made[key]
 
     @contextmanager
     def asked(self) -> Iterator[None]:
         """While this is open, a decoder in this thread that asks transformers for its masks gets these rows'."""
-        before = getattr(_ASKED, "masks", None)
-        _ASKED.masks = self
+        before, _ASKED.masks = _ASKED.masks, self
         try:
             yield
         finally:
@@ -139,6 +130,15 @@ class RowMasks(OfThread):
         return self._made[key][1]
 
 
+class _Asked(OfThread):
+    """The masks that a model's own code asks for while its decoder runs in this thread."""
+
+    masks: RowMasks | None = None
+
+
+_ASKED = _Asked()
+
+
 def _widened(mask: Tensor, groups: int, additive: torch.dtype | None) -> Tensor:
     B, heads, R, L = mask.shape
     wide = mask.repeat(1, 1, groups, 1) if heads == 1 else mask.reshape(B, -1, groups * R, L)
@@ -154,7 +154,7 @@ def model_mask(
     **kwargs: object,
 ) -> Tensor | None:
     """What transformers' code that makes a model's masks calls for our attention."""
-    masks: RowMasks | None = getattr(_ASKED, "masks", None)
+    masks = _ASKED.masks
     return None if masks is None else masks.within(mask_function, local_size, allow_is_causal_skip)
 
 

@@ -32,11 +32,13 @@ class Body(nn.Module):
     """[B, T, D] states of the target -> [B, T, D] for the output matrix.
 
     reach: earlier positions that a result depends on; None is all of them (then there is a cache). layers: how many
-    key-value layers the cache has.
+    key-value layers the cache has. turns: whether it reads the target's rotary embeddings, those of layer_type.
     """
 
     reach: int | None = 0
     layers = 0
+    turns = False
+    layer_type: str | None = None
 
     def forward(
         self, hidden_BTD: Tensor, position_ids_BT: Tensor, places: Any = None, cache: SlotCache | None = None
@@ -185,6 +187,7 @@ class LayerBody(Body):
     """layer: copies of the target's last decoder layer and final norm. Reads states before that norm."""
 
     reach = None
+    turns = True
 
     def __init__(self, target: Target, layers: int) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 linear_loss walks over chunks of rows. For each it makes the logits, the loss, the logits' gradient in place, and adds
 what follows for the hidden states and the weight; the backward pass only multiplies by the incoming scalar. It is the
-definition for every faster version, and the path on a CPU. naive_linear_loss is its slow twin: same signature, all
-logits at once, plain autograd.
+definition for every faster version, and the path on a CPU. Its slow twin (tests/twins.py) makes all logits at once, in
+plain autograd.
 
 Logits are scale * (h W^T + b), then softcap * tanh(logits / softcap). With x the student's logits, p their softmax and
 q the softmax of the teacher's logits, a row's loss and its gradient with respect to x are
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -124,69 +123,6 @@ def linear_loss(
     if groups is None:
         return LossSum(total, torch.tensor(job.count, device=total.device), correct)
     return LossSum(total, torch.bincount(job.group_rows, minlength=groups), correct)
-
-
-def naive_linear_loss(
-    hidden_ND: Tensor,
-    weight_MD: Tensor,
-    *,
-    labels_N: Tensor | None = None,
-    teacher_hidden_ND: Tensor | None = None,
-    teacher_weight_MD: Tensor | None = None,
-    teacher_rows_N: Tensor | None = None,
-    kind: Kind = "ce",
-    bias_M: Tensor | None = None,
-    teacher_bias_M: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    row_weight_N: Tensor | None = None,
-    groups_N: Tensor | None = None,
-    groups: int | None = None,
-    chunk_rows: int | None = None,
-) -> LossSum:
-    """linear_loss with all logits at once and plain autograd: the twin that a reader can check by eye."""
-    check(
-        kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
-        teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N, groups_N, groups,
-    )  # fmt: skip
-
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = _matmul_dtype(hidden, weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            x = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        x = x.to(_softmax_dtype(dtype)) * logit_scale
-        return x if softcap is None else softcap * torch.tanh(x / softcap)
-
-    x_NM = logits(hidden_ND, weight_MD, bias_M)
-    logp_NM = x_NM.log_softmax(-1)
-    counted_N = torch.ones_like(x_NM[:, 0], dtype=torch.bool) if labels_N is None else labels_N != IGNORE_INDEX
-    if teacher_hidden_ND is None:
-        wanted_N = labels_N.clamp(min=0)
-        loss_N = -logp_NM.gather(1, wanted_N[:, None])[:, 0]
-    else:
-        with torch.no_grad():
-            teacher_NM = logits(teacher_hidden_ND, teacher_weight_MD, teacher_bias_M)
-            teacher_NM = teacher_NM if teacher_rows_N is None else teacher_NM[teacher_rows_N]
-            logq_NM = teacher_NM.log_softmax(-1)
-            wanted_N = teacher_NM.argmax(-1)
-        p_NM, q_NM = logp_NM.exp(), logq_NM.exp()
-        loss_N = {
-            "ce": lambda: -(q_NM * logp_NM).sum(-1),
-            "kl": lambda: (q_NM * (logq_NM - logp_NM)).sum(-1),
-            "reverse_kl": lambda: (p_NM * (logp_NM - logq_NM)).sum(-1),
-            "tv": lambda: 0.5 * (p_NM - q_NM).abs().sum(-1),
-        }[kind]()
-    if row_weight_N is not None:
-        loss_N = loss_N * row_weight_N.detach()
-    right_N = x_NM.argmax(-1) == wanted_N
-    if groups is None:
-        return LossSum(loss_N[counted_N].sum(), counted_N.sum(), (right_N & counted_N).sum())
-    each = [counted_N & (groups_N == g) for g in range(groups)]
-    return LossSum(
-        torch.stack([loss_N[rows_N].sum() for rows_N in each]),
-        torch.stack([rows_N.sum() for rows_N in each]),
-        torch.stack([(right_N & rows_N).sum() for rows_N in each]),
-    )
 
 
 def depth_weights(kind: Weighting, depth: int, beta: float = 0.6) -> list[float]:

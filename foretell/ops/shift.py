@@ -48,7 +48,7 @@ def ahead(values_BT: Tensor, k: int, document_BT: Tensor, fill: float | int | bo
 
 
 def next_labels(labels_BT: Tensor, document_BT: Tensor) -> Tensor:
-    """Labels of depth 0: out[b, t] = labels_BT[b, t + 1], or IGNORE_INDEX. See future_labels."""
+    """Labels of depth 0: out[b, t] = labels_BT[b, t + 1], or IGNORE_INDEX. See labels_of."""
     return ahead(labels_BT, 1, document_BT, IGNORE_INDEX)[0]
 
 
@@ -58,28 +58,6 @@ def prefix_labels(batch: Batch) -> Tensor:
     if batch.mtp_labels_BTK is None:
         return labels_BT
     return labels_BT.masked_fill((batch.mtp_labels_BTK != IGNORE_INDEX).any(-1), IGNORE_INDEX)
-
-
-def future_labels(labels_BT: Tensor, document_BT: Tensor, depth: int) -> Tensor:
-    """Labels of depths 1..K: out[b, t, k - 1] = labels_BT[b, t + 1 + k], or IGNORE_INDEX.
-
-    A label counts where all tokens from t to t + 1 + k are of one document and the target token itself is not masked.
-    Tokens between the two may be masked (a prompt's end may learn to predict its answer).
-
-    Args:
-        labels_BT: [B, T] token-aligned labels (never shifted), IGNORE_INDEX where a token is not learned.
-        document_BT: [B, T] document of each position, PAD_DOCUMENT on padding; a document's positions are contiguous.
-        depth: K, tokens beyond the ordinary next one.
-
-    Returns:
-        labels_BTK: [B, T, K].
-
-    Raises:
-        ValueError: depth is not in [1, T - 2]: no position would have a label at the deepest depth.
-    """
-    _check_rows(labels_BT, document_BT)
-    check_depth(depth, labels_BT.shape[1])
-    return torch.stack([ahead(labels_BT, 1 + k, document_BT, IGNORE_INDEX)[0] for k in range(1, depth + 1)], dim=-1)
 
 
 def check_depth(depth: int, T: int) -> None:
@@ -92,10 +70,12 @@ def check_depth(depth: int, T: int) -> None:
 
 
 def labels_of(batch: Batch, depth: int) -> Tensor:
-    """[B, T, K] labels of a micro-batch's depths: those that it brings, else as future_labels.
+    """[B, T, K] labels of a micro-batch's depths 1..K: those that it brings, else out[b, t, k - 1] is
+    labels_BT[b, t + 1 + k], or IGNORE_INDEX.
 
-    A row too short for a depth has no label there: one short row among many is no error, a depth that fits no row is
-    refused before training.
+    A label counts where all tokens from t to t + 1 + k are of one document and the target token itself is not masked.
+    Tokens between the two may be masked (a prompt's end may learn to predict its answer). A row too short for a depth
+    has no label there: one short row among many is no error, a depth that fits no row is refused before training.
 
     Raises:
         ValueError: the batch brings labels for another number of depths.

@@ -4,14 +4,14 @@ A row sees exactly its ancestors and itself, and everything that the cache alrea
 down: the index of a row's parent, ROOT for a row that hangs below everything in the cache, PADDING for a row that sees
 only itself. The position of a row is the cached length plus its depth (its number of ancestors).
 
-`brute_force_visible` is the definition, by walking parents in Python; every other function here is held against it.
+Every function here is held by tests against the definition, walking parents in Python (tests/twins.py).
 """
 
 # B sequences, T tokens of a text, K masks below a token, R rows of one forward, L columns (cached tokens, then rows).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,30 +23,6 @@ PADDING = -2  # parent of a row that is there only to fill a rectangle
 REGULAR, MASK = 0, 1  # kinds of rows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-# -- the definition ----------------------------------------------------------------------------------------------------
-
-
-def brute_force_visible(parents_R: Sequence[int]) -> Tensor:
-    """bool [R, R], [r, s]: row r sees row s. The definition, slow and checkable by eye.
-
-    Raises:
-        ValueError: a parent is no row, is padding, or a row is its own ancestor.
-    """
-    R = len(parents_R)
-    visible_RR = torch.zeros(R, R, dtype=torch.bool)
-    for r in range(R):
-        at, steps = r, 0
-        while at >= 0:
-            visible_RR[r, at] = True
-            at, steps = parents_R[at], steps + 1
-            if at >= R or steps > R or (at == PADDING and steps > 1):
-                raise ValueError(
-                    f"parents {list(parents_R)} are no forest: row {r} leads to "
-                    f"{'a circle' if steps > R else at}; a parent is a row, {ROOT} (root) or {PADDING} (padding)."
-                )
-    return visible_RR
 
 
 # -- any tree ----------------------------------------------------------------------------------------------------------
@@ -207,38 +183,8 @@ def document_mask(document_BT: Tensor, window: int | None = None) -> Tensor:
     return (same_BTT & causal_TT & text_BT1) | (behind_TT == 0)
 
 
-def comb(tokens: int, masks: int, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The tree that trains a mask method: K masks hang off each token of a text, as a side chain.
-
-    Rows 0..T-1 are the tokens; row T + t * K + (j - 1) is mask j = 1..K of token t. So the tokens can run first,
-    without gradient, and the masks below them in a second forward.
-
-    Args:
-        tokens: T.
-        masks: K, masks of each token.
-        document_BT: [B, T] packed documents, PAD_DOCUMENT on padding (whose masks are padding too). None: one document.
-
-    Returns:
-        (parents_BR, kinds_BR, positions_BR): long [B, R], R = T * (1 + K). Positions restart in each document.
-
-    Raises:
-        ValueError: no tokens, no masks, or documents of another length.
-    """
-    document_BT = _check_comb(tokens, masks, document_BT)
-    B, device = document_BT.shape[0], document_BT.device
-    owner_A, step_A = _comb_rows(torch.arange(tokens * (1 + masks), device=device), tokens, masks)
-    row_A = torch.arange(len(owner_A), device=device)
-    parents_BT = forest(document_BT)
-    parents_BR = torch.where(step_A <= 1, owner_A, row_A - 1).repeat(B, 1)
-    parents_BR[:, :tokens] = parents_BT
-    parents_BR.masked_fill_((document_BT == PAD_DOCUMENT)[:, owner_A], PADDING)
-    kinds_BR = torch.where(step_A > 0, MASK, REGULAR).repeat(B, 1)
-    positions_BR = depths(parents_BT)[:, owner_A] + step_A
-    return parents_BR, kinds_BR, positions_BR.masked_fill_(parents_BR == PADDING, 0)
-
-
 def hang(document_BT: Tensor, owner_BO: Tensor, valid_BO: Tensor, masks: int) -> tuple[Tensor, Tensor]:
-    """The tree of a text whose chosen tokens carry K masks each: `comb` where all of them do.
+    """The tree of a text whose chosen tokens carry K masks each, as side chains: a comb where all of them do.
 
     Rows 0..T-1 are the tokens; row T + o * K + (j - 1) is mask j of owner o.
 
@@ -259,42 +205,6 @@ def hang(document_BT: Tensor, owner_BO: Tensor, valid_BO: Tensor, masks: int) ->
     parents_BM = parents_BM.masked_fill(~hangs_BO.repeat_interleave(masks, dim=1), PADDING)
     kinds_BR = torch.where(torch.arange(T + O * masks, device=row_M.device) < T, REGULAR, MASK).repeat(B, 1)
     return torch.cat([forest(document_BT), parents_BM], dim=1), kinds_BR
-
-
-def comb_mask_mod(
-    tokens: int, masks: int, document_BT: Tensor | None = None, window: int | None = None, first_row: int = 0
-) -> MaskMod:
-    """FlexAttention's mask_mod for the rows of `comb`, in closed form.
-
-    A row sees the tokens of its document up to its owner, and of its owner's masks those up to itself.
-
-    Args:
-        tokens, masks, document_BT: as for `comb`; with document_BT None every sequence is one document.
-        window: positions, as in row_mask.
-        first_row: the row that query 0 is: `tokens` where only the masks run and the tokens' keys are already kept.
-
-    Returns:
-        mask_mod(b, h, q, kv) -> bool, for torch.nn.attention.flex_attention.create_block_mask.
-    """
-    one_document = document_BT is None
-    document_BT = _check_comb(tokens, masks, document_BT)
-    _check_columns(1, 1, window)
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        q = q + first_row
-        owner_q, step_q = _comb_rows(q, tokens, masks)
-        owner_kv, step_kv = _comb_rows(kv, tokens, masks)
-        token = (step_kv == 0) & (owner_kv <= owner_q)
-        own_mask = (owner_kv == owner_q) & (step_kv <= step_q)
-        sees = token | own_mask
-        if window is not None:  # within one document, differences of positions are differences of owner + step
-            sees = sees & (owner_kv + step_kv > owner_q + step_q - window)
-        if one_document:
-            return sees
-        document = document_BT[b, owner_q]
-        return (sees & (document == document_BT[b, owner_kv]) & (document != PAD_DOCUMENT)) | (q == kv)
-
-    return mask_mod
 
 
 def interval_mask_mod(
@@ -323,14 +233,6 @@ def interval_mask_mod(
     return mask_mod
 
 
-def _comb_rows(row: Tensor, tokens: int, masks: int) -> tuple[Tensor, Tensor]:
-    """Owner (token) and step (0: the token itself, j: its mask j) of a comb's rows."""
-    mask = row - tokens
-    is_mask = mask >= 0
-    mask = mask.clamp(min=0)
-    return torch.where(is_mask, mask // masks, row), torch.where(is_mask, mask % masks + 1, 0)
-
-
 def _jumps(parents_BR: Tensor) -> Tensor:
     """Parents [B, R + 1] with row R as everybody's last ancestor, so that no index is negative."""
     R = parents_BR.shape[1]
@@ -350,17 +252,3 @@ def _check_columns(rows: int, columns: int, window: int | None) -> None:
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 position (a row sees itself), got {window}; None is no window.")
-
-
-def _check_comb(tokens: int, masks: int, document_BT: Tensor | None) -> Tensor:
-    if tokens < 1 or masks < 1:
-        raise ValueError(
-            f"a comb needs at least 1 token and 1 mask, got {tokens} and {masks}; without masks use forest."
-        )
-    if document_BT is None:
-        return torch.zeros(1, tokens, dtype=torch.long)
-    if document_BT.dim() != 2 or document_BT.shape[1] != tokens:
-        raise ValueError(
-            f"got documents of shape {tuple(document_BT.shape)} for {tokens} tokens, wanted [B, {tokens}]."
-        )
-    return document_BT

@@ -25,6 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from foretell.data.collate import to_batch
 from foretell.methods.base import METHODS, REREADS, GradientMode, MTPConfig, load_preset
+from foretell.methods.learning import in_eval_mode
 from foretell.models.mtp_heads import HeadType, InitStrategy
 from foretell.models.target import TargetRows
 from foretell.mtp import MTPModel
@@ -173,7 +174,7 @@ class SFTModel(MTPModel):
         if asked is None:
             return self.model(**inputs)
         learns = asked["train_target"]
-        with nullcontext() if learns else torch.no_grad(), nullcontext() if learns else self._at_rest():
+        with nullcontext() if learns else torch.no_grad(), nullcontext() if learns else in_eval_mode(self.model):
             with self.target.passing_by() as states:
                 out = self.model(**inputs)
         batch = asked.pop("batch")

@@ -108,7 +108,7 @@ def test_what_a_forward_does_is_asked_again_at_every_call():
     for cap in (30.0, 0.5, None):
         model.config.final_logit_softcapping = cap
         mtp.generate(IDS, max_new_tokens=2, do_sample=False)
-        assert mtp.target.softcap == cap
+        assert mtp.target.loss_scaling["softcap"] == cap
         with torch.no_grad():
             state_BTD = model.get_decoder()(IDS).last_hidden_state
             torch.testing.assert_close(mtp.target.logits(state_BTD), model(IDS).logits, rtol=1e-5, atol=1e-5)

@@ -37,6 +37,9 @@ METHODS: dict[str, Callable[[], MTPModel]] = {
 }
 
 
+NEVER = 96  # a token that no text here says: with an end token, rows of a batch end on their own
+
+
 def say(model: Any, inputs: dict[str, Tensor], **settings: Any) -> list[list[int]]:
     settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24, **settings}
     return model.generate(**inputs, **settings).tolist()
@@ -120,6 +123,7 @@ def test_a_criterion_may_generate_itself(method, length):
             asked.append(say(mtp, inner, max_new_tokens=9, num_draft_tokens=length))
         return torch.zeros(len(ids), dtype=torch.bool)
 
+    criterion.of_one_text = True  # type: ignore[attr-defined]
     assert say(mtp, outer, stopping_criteria=[criterion], num_draft_tokens=length, slots=2) == wanted
     assert asked == [inside] * 4
     assert say(mtp, inner, max_new_tokens=9, num_draft_tokens=length) == inside
@@ -127,8 +131,9 @@ def test_a_criterion_may_generate_itself(method, length):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["criterion", "processor", "streamer"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("where", "error"), [("criterion", RuntimeError), ("processor", RuntimeError), ("streamer", KeyboardInterrupt)]
+)
 def test_a_call_that_breaks_leaves_nothing(method, where, error):
     mtp, inputs, times = METHODS[method](), prompts(9), [0]
     mtp.release()
@@ -147,6 +152,7 @@ def test_a_call_that_breaks_leaves_nothing(method, where, error):
         def end(self) -> None:
             raise AssertionError("nothing ends well")
 
+    breaks.of_one_text = True  # type: ignore[attr-defined]
     settings = {
         "criterion": {"stopping_criteria": [breaks]},
         "processor": {"logits_processor": [breaks]},
@@ -196,6 +202,7 @@ def test_every_part_keeps_its_mode(method, mode):
         during.append(flags(mtp))
         return torch.zeros(1, dtype=torch.bool)
 
+    look.of_one_text = True  # type: ignore[attr-defined]
     assert say(mtp, inputs, num_draft_tokens=2, stopping_criteria=[look]) == wanted
     mtp.draft_logits(inputs["input_ids"][:1])
     assert flags(mtp) == before and during and all(one == before for one in during)
@@ -329,8 +336,13 @@ def held_bytes(mtp: MTPModel) -> dict[str, int]:
 def test_short_texts_hold_little_however_long_they_might_get(method):
     """16 rows that end soon, with room asked for 32,768 tokens: at most twice what they used."""
     mtp, inputs = METHODS[method](), prompts(*[30] * 16)
-    stop = [lambda ids, _: torch.tensor([ids.shape[1] >= 60])]
-    out = run(mtp, inputs, max_new_tokens=32768, num_draft_tokens=3, stopping_criteria=stop)
+
+    def stop(ids: Tensor, _scores: Any) -> Tensor:
+        return torch.tensor([ids.shape[1] >= 60])
+
+    stop.of_one_text = True  # type: ignore[attr-defined]
+    settings = {"eos_token_id": NEVER, "stopping_criteria": [stop]}  # without one, texts go on until all have ended
+    out = run(mtp, inputs, max_new_tokens=32768, num_draft_tokens=3, **settings)
     assert out.sequences.shape == (16, 60)
     held, config = held_bytes(mtp), mtp.model.config
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
@@ -392,7 +404,10 @@ def test_one_long_text_after_many_short_ones_in_one_run():
         row = next(b for b in range(16) if torch.equal(ids[0, :8], inputs["input_ids"][b]))
         return torch.tensor([ids.shape[1] >= ends.get(row, 200)])
 
-    run(mtp, inputs, max_new_tokens=32000, num_draft_tokens=3, stopping_criteria=[stop])
+    stop.of_one_text = True  # type: ignore[attr-defined]
+    settings = {"eos_token_id": NEVER, "stopping_criteria": [stop]}
+    out = run(mtp, inputs, max_new_tokens=32000, num_draft_tokens=3, **settings)
+    assert out.sequences.shape == (16, 200)
     with mtp.workspace() as space:
         assert 200 <= space.cache.size <= 2 * 200
 

@@ -140,8 +140,7 @@ def run_demo(settings: DemoSettings, argv: Sequence[str]) -> Iterator[dict[str, 
     yield result | {"seconds": {**seconds, "total": time.monotonic() - started}}
 
 
-# -- the model and the prompts
-# ---------------------------------------------------------------------------------------------
+# -- the model and the prompts -----------------------------------------------------------------------------------------
 
 
 def load_model(path: str | None, cache: Path) -> tuple[Any, Any]:
@@ -253,8 +252,7 @@ def _stories(rng: random.Random, count: int) -> list[str]:
     return list(found)
 
 
-# -- the phases
-# ------------------------------------------------------------------------------------------------------------
+# -- the phases --------------------------------------------------------------------------------------------------------
 
 
 def _answers(
@@ -344,6 +342,8 @@ def _compared(
     mtp: Any, other: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: DemoSettings, deadline: float
 ) -> dict[str, Any]:
     """The ways of decoding with a module, and with another one beside it, on some rows."""
+    import torch
+
     from foretell.data.prompts import encode_prompt
     from foretell.evaluation.speed import compare, fixed_tau, foretell_way, shaded_sample, transformers_way
 
@@ -376,19 +376,13 @@ def _compared(
     # the prompt whose answer shows drafting at its most typical: the median tau
     order = sorted(range(len(rows)), key=lambda i: sum(v.emitted for v in way.records[i]) / len(way.records[i]))
     middle = order[len(order) // 2]
-    ids = way.run(_tensor(prompts[middle]))[0][0].tolist()
+    ids = way.run(torch.tensor([prompts[middle]]))[0][0].tolist()
     found["sample"] = {
         "prompt": tokenizer.decode(prompts[middle], skip_special_tokens=True),
         "way": best["name"],
         "verifications": shaded_sample(tokenizer, ids, len(prompts[middle]), way.records[middle]),
     }
     return {**_headline(found), **found}
-
-
-def _tensor(ids: list[int]) -> Any:
-    import torch
-
-    return torch.tensor([ids])
 
 
 def _best(ways: list[dict[str, Any]]) -> dict[str, Any]:
@@ -416,7 +410,7 @@ def _provenance(argv: Sequence[str]) -> dict[str, Any]:
     found = provenance(["foretell", "demo", *argv])
     return {
         "time": found.get("time_utc"),
-        "command": " ".join(found["command"]) if isinstance(found["command"], list) else found["command"],
+        "command": " ".join(found["command"]),
         "versions": found.get("versions"),
         "cpu": (found.get("hardware") or {}).get("cpu"),
         "cores": (found.get("hardware") or {}).get("cores"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,18 +37,12 @@ def describe(folder: str | Path) -> dict:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             part = file.get_slice(name)
             tensors[name] = {"shape": list(part.get_shape()), "dtype": part.get_dtype()}
-    numbers = 0
-    for part in tensors.values():
-        count = 1
-        for size in part["shape"]:
-            count *= size
-        numbers += count
     return {
         "folder": str(folder),
         "method": about["config"]["method"],
         "config": about["config"],
         "parameters": about["parameters"],
-        "numbers": numbers,
+        "numbers": sum(math.prod(part["shape"]) for part in tensors.values()),
         "bytes": (Path(folder) / WEIGHTS_FILE).stat().st_size,
         "target": about["target"],
         "target_beside": (Path(folder) / "config.json").is_file(),

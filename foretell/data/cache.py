@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretell.runtime import write_json_atomic
 from foretell.types import SequenceState, Watcher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +72,7 @@ class HiddenStore(Sequence):
         elif (folder / "rows.jsonl").exists():
             raise ValueError(f"{folder}: got rows.jsonl without meta.json, wanted a whole store or an empty folder.")
         else:
-            _write_meta(folder, meta)
+            write_json_atomic(folder / "meta.json", meta)
         self._open(folder, writable=True)
 
     @classmethod
@@ -327,15 +328,6 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'meta.json'}: got a damaged file ({error}), wanted a store's meta.") from error
     return meta
-
-
-def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    partial = folder / "meta.json.partial"
-    with partial.open("w") as file:
-        json.dump(meta, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / "meta.json")
 
 
 def _check_meta(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foretell.data.rows import as_list
+from foretell.ops.tree import starts_of
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch
 
 
@@ -102,13 +103,6 @@ def to_batch(inputs: Mapping[str, Tensor]) -> Batch:
         hidden_BTD=given["hidden_states"],
         mtp_labels_BTK=given["mtp_labels"],
     )
-
-
-def starts_of(document_BT: Tensor) -> Tensor:
-    """True on the first token of each document [B, T]; a run of padding counts as one document."""
-    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    return starts_BT
 
 
 def positions_of(document_BT: Tensor) -> Tensor:

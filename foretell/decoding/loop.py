@@ -36,8 +36,8 @@ PREFILL_TOKENS = 4096  # rows of all sequences in one prefill forward
 class Rules:
     """What a run was asked for; nothing of it changes while it goes on.
 
-    finished: asked after every single token. max_tokens: longest that a sequence gets, prompt included. longest: drafts
-    a verification, or who decides. threshold: of policy "confadapt". reference: whose output is the target's here.
+    finished: asked after every single token. max_tokens: longest that a sequence gets, prompt included.
+    num_draft_tokens: of a verification, or who decides. reference: whose output is the target's here.
     slots: how many are decoded at once. emit: told of each round's new tokens. leave: told of each sequence as it ends
     (its slot is still whole then). stop_admitting: once true, sequences still waiting are left as they are.
     """
@@ -191,22 +191,25 @@ class Run:
             position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
         visible = max(s.cached for s in active) + R
         self.cache.reserve(len(active), visible)
-        rows = self.target.forward_rows(
-            self._tensor(ids),
+        rows = self._forward(
+            active,
+            ids,
             lengths_B,
-            self.cache,
             position_ids_BR=position_ids_BR,
             parents_BR=parents_BR,
             valid_rows_B=valid_rows_B,
             visible=visible,
             full=R == 1 and len({s.cached for s in active}) == 1,
             steps_BR=steps_BR,
-            read_as=[s.read_as for s in active],
         )
         rows.blocks = blocks
-        self.stats.target_forwards += 1
-        self.stats.target_rows += len(active) * R
         return rows, R
+
+    def _forward(self, group: list[SequenceState], ids: list[list[int]], lengths_B: Tensor, **how: Any) -> TargetRows:
+        self.stats.target_forwards += 1
+        self.stats.target_rows += sum(map(len, ids))
+        read_as = [s.read_as for s in group]
+        return self.target.forward_rows(self._tensor(ids), lengths_B, self.cache, read_as=read_as, **how)
 
     def _overflowed(self, rows: TargetRows) -> list[SequenceState]:
         """Sequences with states that are no numbers, but for those that are known to be broken."""
@@ -314,17 +317,14 @@ class Run:
         counts = [min(PREFILL_ROWS, len(s.tokens) - 1 - s.cached) for s in group]
         R = max(counts)
         ids = [[*s.tokens[s.cached : s.cached + c], *[0] * (R - c)] for s, c in zip(group, counts, strict=True)]
-        rows = self.target.forward_rows(
-            self._tensor(ids),
+        rows = self._forward(
+            group,
+            ids,
             self._tensor([s.cached for s in group]),
-            self.cache,
             first=group[0].slot,
             valid_rows_B=None if min(counts) == R else self._tensor(counts),
             visible=max(s.cached for s in group) + R,
-            read_as=[s.read_as for s in group],
         )
-        self.stats.target_forwards += 1
-        self.stats.target_rows += len(group) * R
         for sequence, count in zip(group, counts, strict=True):
             sequence.cached += count
         for watcher in self.watchers:

@@ -99,16 +99,13 @@ class RowScores:
         if self.prefix_free:
             return self.warp(scores_BRV.flatten(0, 1)).view_as(scores_BRV)
         out = [
-            torch.cat([self(sequence, draft, scores_RV[: 1 + len(draft)]), scores_RV[1 + len(draft) :]])
+            torch.cat([self._of_text(sequence, draft, scores_RV[: 1 + len(draft)]), scores_RV[1 + len(draft) :]])
             for sequence, draft, scores_RV in zip(sequences, drafts, scores_BRV, strict=True)
         ]
         return torch.stack(out)
 
-    def __call__(self, sequence: SequenceState, draft: Draft, logits_RV: Tensor) -> Tensor:
-        """[R, V] raw logits -> processed scores in fp32, as transformers' sampling computes them."""
-        scores_RV = logits_RV.float()
-        if self.prefix_free:
-            return self.warp(scores_RV)
+    def _of_text(self, sequence: SequenceState, draft: Draft, scores_RV: Tensor) -> Tensor:
+        """[R, V] raw scores in fp32 -> processed ones, as transformers' sampling computes them."""
         rows = []
         before = sequence.padding + sequence.tokens
         for row in range(len(draft) + 1):
@@ -116,7 +113,7 @@ class RowScores:
             while node >= 0:
                 path.append(draft.tokens[node])
                 node = draft.parents[node]
-            prefix = torch.tensor([before + path[::-1]], device=logits_RV.device)
+            prefix = torch.tensor([before + path[::-1]], device=scores_RV.device)
             score = scores_RV[row : row + 1]
             for processor in self.processors:
                 score = _of_row(processor, sequence)(prefix, score)

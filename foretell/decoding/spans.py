@@ -23,7 +23,7 @@ from foretell.decoding.adaptive import AdaptiveLength, CostCurve
 from foretell.decoding.loop import Decoder, Rules, Run
 from foretell.decoding.policies import SPANS
 from foretell.models.target import TargetRows
-from foretell.ops.sampling import draw, to_probs
+from foretell.ops.sampling import draw, over_vocabulary, to_probs
 from foretell.types import Draft, ModuleDrafter, SequenceState, Verification
 
 CONFIDENCE = 0.9  # of ConfAdapt where none is given: what the paper's speeds are measured with
@@ -127,15 +127,9 @@ class SpanRun(Run):
         if processed.plain:
             best_N = logits_NM.argmax(-1)
             return (best_N if ids_M is None else ids_M[best_N]).tolist()
-        logits_NV = logits_NM
-        if ids_M is not None:  # processors speak of all tokens
-            logits_NV = logits_NM.new_full((len(logits_NM), self.target.vocab_size), float("-inf"))
-            logits_NV[:, ids_M] = logits_NM
-        if processed.prefix_free:  # whatever the text: all rows go together
-            scores_NV = processed(self.active[0], Draft(), logits_NV)
-        else:
-            scores = [processed(text, Draft(), row_V[None]) for text, row_V in zip(texts, logits_NV, strict=True)]
-            scores_NV = torch.cat(scores)
+        logits_NV = over_vocabulary(logits_NM, ids_M, self.target.vocab_size)  # processors speak of all tokens
+        none = [Draft() for _ in logits_NV]
+        scores_NV = processed.rows(list(texts), none, logits_NV[:, None])[:, 0]
         if not processed.do_sample:
             return scores_NV.argmax(-1).tolist()
         return draw(to_probs(scores_NV, do_sample=True), self.rules.generator).tolist()

@@ -21,7 +21,8 @@ from foretell.methods.reading import below_text, owners_of
 from foretell.models.fast import fast_view
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
-from foretell.ops.shift import labels_of
+from foretell.ops.sampling import over_vocabulary
+from foretell.ops.shift import ahead, labels_of
 from foretell.types import IGNORE_INDEX, Batch, LossSum
 
 METHODS = {
@@ -167,6 +168,14 @@ class MTPModule(nn.Module):
         """[B, T, D] for each depth, what its output head reads."""
         raise TypeError(f"{type(self).__name__} says nothing about its depths.")
 
+    @staticmethod
+    def embedded_ahead(target: Target, batch: Batch, k: int, detach: bool) -> Tensor:
+        """[B, T, D] embeddings of the tokens k ahead; zeros where there are none."""
+        ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
+        embedding_BTD = target.embed(ids_BT)
+        embedding_BTD = embedding_BTD.detach() if detach else embedding_BTD
+        return embedding_BTD * inside_BT[..., None].to(embedding_BTD.dtype)
+
     def propose(
         self, target: Target, batch: Batch, source_BTD: Tensor, owner_BO: Tensor, first_BO: Tensor, detach: bool
     ) -> tuple[Tensor, list[Tensor]]:
@@ -268,8 +277,7 @@ class MTPModule(nn.Module):
                     labels_N=labels_BTK[..., k - 1].reshape(-1),
                     kind=kind,
                     bias_M=bias_M,
-                    softcap=target.softcap,
-                    logit_scale=target.logit_scale,
+                    **target.loss_scaling,
                     **teacher,
                 )
             )
@@ -308,8 +316,7 @@ class MTPModule(nn.Module):
                 label_N = label_N if self.draft_vocab_ids is None else self.to_draft_ids(label_N, target.vocab_size)
             weight_MD, what["bias_M"] = self.unembedding(target, k, detach)
             label_N = label_N.masked_fill(~counts_BO.flatten(), IGNORE_INDEX)
-            what |= {"labels_N": label_N, "softcap": target.softcap, "logit_scale": target.logit_scale}
-            out.append(linear_loss(state_BOD.flatten(0, 1), weight_MD, **what))
+            out.append(linear_loss(state_BOD.flatten(0, 1), weight_MD, labels_N=label_N, **target.loss_scaling, **what))
         return out
 
     def to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
@@ -342,11 +349,7 @@ class MTPModule(nn.Module):
         for k, state_BTD in enumerate(self.depth_states(target, batch, self.source(rows), detach=True), start=1):
             weight_MD, bias_M = self.unembedding(target, k, detach=True)
             logits = target.scaled(F.linear(state_BTD, weight_MD.to(state_BTD.dtype), bias_M))
-            if self.draft_vocab_ids is not None:
-                kept = logits.new_full((*logits.shape[:-1], target.vocab_size), float("-inf"))
-                kept[..., self.draft_vocab_ids] = logits
-                logits = kept
-            out.append(logits)
+            out.append(over_vocabulary(logits, self.draft_vocab_ids, target.vocab_size))
         return torch.stack(out, dim=2)
 
 

@@ -19,7 +19,7 @@ from foretell.methods.base import MTPModule
 from foretell.models.attention import RowMasks
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
-from foretell.ops.sampling import draw
+from foretell.ops.sampling import draw, over_vocabulary
 from foretell.types import Draft, ModuleDrafter, SequenceState, Warp, Worth
 
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
@@ -92,10 +92,7 @@ class OwnDrafter(ModuleDrafter):
         """[..., V] probabilities to draw drafts from: all tokens', through the caller's temperature, top-k, ..., as the
         target's own are.
         """
-        logits_NV = logits_NM.float()
-        if self.draft_vocab_ids is not None:
-            outside = logits_NV.new_full((*logits_NM.shape[:-1], self.target.vocab_size), float("-inf"))
-            logits_NV = outside.index_copy_(-1, self.draft_vocab_ids, logits_NV)
+        logits_NV = over_vocabulary(logits_NM.float(), self.draft_vocab_ids, self.target.vocab_size)
         if self.warp is not None:
             logits_NV = self.warp(logits_NV.flatten(0, -2)).view_as(logits_NV)
         return probabilities(logits_NV)

@@ -126,8 +126,7 @@ class Learning(nn.Module):
             weight_VD,
             labels_N=labels_BT.reshape(-1),
             bias_M=bias_V,
-            softcap=self.target.softcap,
-            logit_scale=self.target.logit_scale,
+            **self.target.loss_scaling,
         )
 
     def _ask(self, batch: Batch, labels_BT: Tensor) -> tuple[Any, TargetRows]:
@@ -180,8 +179,7 @@ class Learning(nn.Module):
             labels_N=next_labels(batch.labels_BT, batch.document_BT).reshape(-1),
             kind="kl",
             bias_M=bias_V,
-            softcap=self.target.softcap,
-            logit_scale=self.target.logit_scale,
+            **self.target.loss_scaling,
             teacher_hidden_ND=was.reshape(-1, D),
             teacher_weight_MD=teacher_VD,
             teacher_bias_M=teacher_bias_V,

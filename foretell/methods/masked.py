@@ -37,7 +37,6 @@ from foretell.models.gated_lora import ALL_LINEAR, GatedAdapters, MaskRows
 from foretell.models.sampler_head import SamplerHead
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
-from foretell.ops.shift import ahead
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch, LossSum
 
 MaskTokens = Literal["shared", "distinct", "noise"]
@@ -372,7 +371,7 @@ class MaskedModule(MTPModule):
         hard_N = label_N if self.draft_vocab_ids is None else self.to_draft_ids(label_N, target.vocab_size)
         teacher_MD, teacher_bias_M = self.target_head(piece.teacher, detach=True)
         n, G = len(outputs), len(outputs) * K
-        shared: dict[str, Any] = {"softcap": target.softcap, "logit_scale": target.logit_scale, "bias_M": bias_M}
+        shared: dict[str, Any] = {**target.loss_scaling, "bias_M": bias_M}
         teacher = {
             "teacher_hidden_ND": text_ND,
             "teacher_weight_MD": teacher_MD,
@@ -447,9 +446,7 @@ class MaskedModule(MTPModule):
             if self.sampler is None:
                 yield states_BTKD[:, :, k - 1]
                 continue
-            ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
-            embedding_BTD = target.embed(ids_BT) * inside_BT[..., None].to(source_BTD.dtype)
-            yield self.sampler(embedding_BTD.detach() if detach else embedding_BTD, states_BTKD[:, :, k - 1])
+            yield self.sampler(self.embedded_ahead(target, batch, k, detach), states_BTKD[:, :, k - 1])
 
     def drafter(self, target: Target) -> MaskedDrafter:
         """A drafter over the module's current weights."""

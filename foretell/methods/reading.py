@@ -21,7 +21,7 @@ from torch import Tensor
 from foretell.models.comb_attention import CombKeys
 from foretell.models.gated_lora import GatedAdapters
 from foretell.models.target import Target, TargetRows
-from foretell.ops.tree import MASK, hang
+from foretell.ops.tree import MASK, hang, starts_of
 from foretell.types import PAD_DOCUMENT, Batch, LossSum
 
 # tokens [B, O, K] in the masks' places -> the teacher's states of them [B, O, K, D]
@@ -189,15 +189,12 @@ def owners_of(carries_BT: Tensor, owners: int) -> tuple[Tensor, Tensor]:
 def columns_of(document_BT: Tensor) -> tuple[Tensor, Tensor]:
     """(column_BT, start_BT): each token's own column, and the first of its document; padding stands alone."""
     column_BT = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
-    new_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    new_BT[:, 1:] = (document_BT[:, 1:] != document_BT[:, :-1]) | (document_BT[:, 1:] == PAD_DOCUMENT)
+    new_BT = starts_of(document_BT) | (document_BT == PAD_DOCUMENT)
     return column_BT, torch.where(new_BT, column_BT, 0).cummax(1).values
 
 
 def ends_of(document_BT: Tensor) -> Tensor:
     """[B, T]: the last column of each token's document."""
-    T = document_BT.shape[1]
-    last_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    last_BT[:, :-1] = document_BT[:, :-1] != document_BT[:, 1:]
+    T, last_BT = document_BT.shape[1], starts_of(document_BT.flip(1)).flip(1)
     column_BT = torch.arange(T, device=document_BT.device).expand_as(document_BT)
     return torch.where(last_BT, column_BT, T).flip(1).cummin(1).values.flip(1)

@@ -24,7 +24,6 @@ from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
 from foretell.models.slot_cache import SlotCache, SlotStorage
 from foretell.models.target import Target, TargetRows
-from foretell.ops.shift import ahead
 from foretell.ops.tree import forest
 from foretell.types import Batch, Draft, SequenceState
 
@@ -89,11 +88,7 @@ class SequentialModule(MTPModule):
             block.masks.begin_text(batch.document_BT)
         hidden_BTD = source_BTD
         for k in range(1, self.config.depth + 1):
-            ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
-            embedding_BTD = target.embed(ids_BT)
-            if detach:
-                embedding_BTD = embedding_BTD.detach()
-            embedding_BTD = embedding_BTD * inside_BT[..., None].to(embedding_BTD.dtype)
+            embedding_BTD = self.embedded_ahead(target, batch, k, detach)
             block = self.block(k)
             places = target.position_embeddings(hidden_BTD, batch.position_ids_BT, block.layer_type)
             state_BTD, hidden_BTD = block(embedding_BTD, hidden_BTD, places, batch.position_ids_BT)
@@ -113,15 +108,12 @@ class SequentialModule(MTPModule):
         own_BOD = source_BTD.gather(1, owner_BO[..., None].expand(-1, -1, source_BTD.shape[2]))
         hidden_BRD, chain, states = torch.cat([source_BTD, own_BOD], dim=1), [first_BO], []
         for k in range(1, self.config.depth + 1):
-            ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
-            embedding_BRD = target.embed(torch.cat([ids_BT, chain[-1]], dim=1))
-            embedding_BRD = embedding_BRD.detach() if detach else embedding_BRD
-            there_BR = torch.cat([inside_BT, torch.ones_like(owner_BO, dtype=torch.bool)], dim=1)
+            own_BOD = target.embed(chain[-1])
+            text_BTD = self.embedded_ahead(target, batch, k, detach)
+            embedding_BRD = torch.cat([text_BTD, own_BOD.detach() if detach else own_BOD], dim=1)
             block = self.block(k)
             places = target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
-            state_BRD, hidden_BRD = block(
-                embedding_BRD * there_BR[..., None].to(embedding_BRD.dtype), hidden_BRD, places, positions_BR
-            )
+            state_BRD, hidden_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR)
             states.append(state_BRD[:, T:])
             chain.append(self.guess(target, states[-1], k))
         return torch.stack(chain[:-1], dim=-1), states

@@ -160,7 +160,6 @@ def anchor(
         weight_VD,
         labels_N=label_N.masked_fill(~counts_BO.flatten(), IGNORE_INDEX),
         bias_M=bias_V,
-        softcap=target.softcap,
-        logit_scale=target.logit_scale,
+        **target.loss_scaling,
         **what,
     )

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foretell.models.live import OfThread
-from foretell.ops.tree import chain_mask, depths, document_mask, row_mask
+from foretell.ops.tree import chain_mask, depths, document_mask, positions, row_mask
 
 NAME = "foretell"
 _LONG = 512  # columns, from which on it pays to look which of them are hidden from all rows
@@ -101,15 +101,9 @@ class RowMasks(OfThread):
         if plain:
             return seen_B1RL
         depth_BR = torch.arange(self.rows, device=self.lengths_B.device)[None]
-        if self.parents_BR is not None:
-            depth_BR = depths(self.parents_BR)
-        column_BL = torch.arange(self.visible, device=self.lengths_B.device)[None]
-        row_BL = column_BL - self.lengths_B[:, None]
-        depth_BL = depth_BR.expand(len(row_BL), -1).gather(1, row_BL.clamp(0, self.rows - 1))
-        stored_BL = (row_BL >= 0) & (row_BL < self.rows)
-        position_BL = torch.where(stored_BL, self.lengths_B[:, None] + depth_BL, column_BL)
-        at_BR = self.lengths_B[:, None] + depth_BR
-        batch_B = torch.arange(len(row_BL), device=row_BL.device)[:, None, None, None]
+        depth_BR = depth_BR if self.parents_BR is None else depths(self.parents_BR)
+        at_BR, position_BL = positions(depth_BR, self.lengths_B, self.visible)
+        batch_B = torch.arange(len(at_BR), device=at_BR.device)[:, None, None, None]
         return seen_B1RL & rule(batch_B, torch.zeros_like(batch_B), at_BR[:, None, :, None], position_BL[:, None, None])
 
     def widened(self, mask: Tensor, groups: int, additive: torch.dtype | None) -> Tensor:

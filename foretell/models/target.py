@@ -21,7 +21,7 @@ from foretell.models.attention import NAME, RowMasks
 from foretell.models.comb_attention import COMB, CombKeys, comb_attention
 from foretell.models.gated_lora import GatedAdapters
 from foretell.models.lean_layer import lean_layers
-from foretell.models.own_logits import LogitFormula, own_logits
+from foretell.models.own_logits import own_logits
 from foretell.models.reader import RowReader, TargetRows
 from foretell.models.refusals import UnsupportedModelError
 from foretell.models.rotary import LengthRotary, stand_in, turns_by_length
@@ -114,23 +114,15 @@ class Target(RowReader):
         return logits if self._formula is None else self._formula(logits)
 
     @property
-    def logit_scale(self) -> float:
-        """What the model multiplies its head's products by."""
-        return self._for_losses().scale
-
-    @property
-    def softcap(self) -> float | None:
-        """What the model caps its logits at."""
-        return self._for_losses().softcap
-
-    def _for_losses(self) -> LogitFormula:
+    def loss_scaling(self) -> dict[str, Any]:
+        """What the model does to its head's products, as linear_loss takes it."""
         if self._formula is None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} ({self.config.model_type}) makes its logits from its head's products "
                 "in a way of its own: its text is decoded with them, but losses here know a factor and a soft cap. "
                 "Train on a model without what changes its logits."
             )
-        return self._formula
+        return {"softcap": self._formula.softcap, "logit_scale": self._formula.scale}
 
     def head_matrix(self, detach: bool = False) -> tuple[Tensor, Tensor | None]:
         """The output head as a matrix [V, D] and its bias [V] or None, with what adapters make of it and its gradient.

@@ -22,6 +22,14 @@ def to_probs(scores_NV: Tensor, do_sample: bool) -> Tensor:
     return torch.zeros_like(scores_NV, dtype=torch.float32).scatter_(-1, best_N1, 1.0)
 
 
+def over_vocabulary(logits_NM: Tensor, ids_M: Tensor | None, vocab_size: int) -> Tensor:
+    """[..., V] of logits [..., M] that speak of these tokens only: -inf for the others. None: they speak of all."""
+    if ids_M is None:
+        return logits_NM
+    outside_NV = logits_NM.new_full((*logits_NM.shape[:-1], vocab_size), float("-inf"))
+    return outside_NV.index_copy_(-1, ids_M, logits_NM)
+
+
 def draw(probs_NV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Long [N]: one token from each row. Rows need not sum to 1; generator is on their device."""
     return torch.multinomial(probs_NV, 1, generator=generator)[:, 0]

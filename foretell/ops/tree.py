@@ -80,10 +80,18 @@ def row_mask(parents_BR: Tensor, lengths_B: Tensor, total_length: int, window: i
     cached_BRL = (column_L < lengths_B[:, None])[:, None] & (parents_BR != PADDING)[..., None]
     visible_BRL = tree_BRL | cached_BRL
     if window is not None:
-        depth_BR = depths(parents_BR)
-        position_BL = torch.where(stored_BL, lengths_B[:, None] + depth_BR.gather(1, row_BL), column_L)
-        visible_BRL &= position_BL[:, None] > (lengths_B[:, None] + depth_BR)[..., None] - window
+        at_BR, position_BL = positions(depths(parents_BR), lengths_B, total_length)
+        visible_BRL &= position_BL[:, None] > at_BR[..., None] - window
     return visible_BRL
+
+
+def positions(depth_BR: Tensor, lengths_B: Tensor, total_length: int) -> tuple[Tensor, Tensor]:
+    """([B, R] of the rows, [B, L] of what each column holds), with columns as in row_mask. depth_BR may be [1, R]."""
+    at_BR, R = lengths_B[:, None] + depth_BR, depth_BR.shape[1]
+    column_L = torch.arange(total_length, device=lengths_B.device)
+    row_BL = column_L - lengths_B[:, None]
+    stored_BL = (row_BL >= 0) & (row_BL < R)
+    return at_BR, torch.where(stored_BL, at_BR.gather(1, row_BL.clamp(0, R - 1)), column_L)
 
 
 # -- masks below rows --------------------------------------------------------------------------------------------------
@@ -158,13 +166,18 @@ def chain_mask(
 # -- packed text and combs: forests and their closed forms -------------------------------------------------------------
 
 
+def starts_of(document_BT: Tensor) -> Tensor:
+    """True on the first token of each document [B, T]; a run of padding counts as one document."""
+    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return starts_BT
+
+
 def forest(document_BT: Tensor) -> Tensor:
     """Long [B, T], parents of packed causal text: a chain for each document. Documents are contiguous."""
     B, T = document_BT.shape
-    parents_BT = torch.arange(-1, T - 1, device=document_BT.device).expand(B, T).clone()
-    first_BT = torch.ones(B, T, dtype=torch.bool, device=document_BT.device)
-    first_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    parents_BT.masked_fill_(first_BT, ROOT)
+    parents_BT = torch.arange(-1, T - 1, device=document_BT.device).expand(B, T)
+    parents_BT = parents_BT.masked_fill(starts_of(document_BT), ROOT)
     return parents_BT.masked_fill_(document_BT == PAD_DOCUMENT, PADDING)
 
 

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from foretell.data.formats import load_rows
-from foretell.data.prompts import encode_prompt, encode_prompts, encode_row, encode_rows, prompts_of
-from tests.twins import preview
+from foretell.data.prompts import encode_prompt, encode_prompts, encode_rows, prompts_of
+from tests.twins import encode_row, preview
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"

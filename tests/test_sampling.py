@@ -24,6 +24,7 @@ from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.ops.sampling import Dice
 from foretell.types import Draft
+from tests.test_verify import Accept, accepts_with_p, forgets_the_residual
 
 V = 8
 TEXTS = 700
@@ -316,26 +317,9 @@ def test_a_rule_that_peeks_is_caught(case, monkeypatch):
 # -- the test can fail -------------------------------------------------------------------------------------------------
 
 
-Accept = tuple[Tensor, Tensor, Tensor]
-right_accept = verify_module._accept
-
-
 def keeps_all(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
     """A wrong rule: every draft stays."""
     return torch.ones_like(token_B, dtype=torch.bool), p_BV, uniform_B
-
-
-def accepts_with_p(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
-    """A wrong rule: min(1, p) in place of min(1, p / q), with the residual of the right one."""
-    _, left_BV, _ = right_accept(p_BV, q_BV, token_B, uniform_B)
-    p_B = p_BV.gather(1, token_B[:, None])[:, 0].double()
-    return uniform_B < p_B, left_BV, (uniform_B - p_B) / (1 - p_B)
-
-
-def forgets_the_residual(p_BV: Tensor, q_BV: Tensor, token_B: Tensor, uniform_B: Tensor) -> Accept:
-    """A wrong rule: after a refusal the target draws as if nothing had been proposed."""
-    kept_B, _, left_B = right_accept(p_BV, q_BV, token_B, uniform_B)
-    return kept_B, p_BV, left_B
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from foretell.data.formats import load_rows
-from foretell.data.prompts import encode_prompt, encode_row, encode_rows
-from tests.twins import preview
+from foretell.data.prompts import encode_prompt, encode_rows
+from tests.twins import encode_row, preview
 
 TRL = Path(trl.__file__).parent / "chat_templates"
 

@@ -6,10 +6,8 @@ stored is what was trained. The oracle is transformers' Trainer, TRL's SFTTraine
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.tau import decoded_tau
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.trl import SFTConfig, SFTTrainer
+from tests.test_trainer import quick_collections  # noqa: F401 (a fixture)
 
 QUIET: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
 PLAN: dict[str, Any] = {"save_strategy": "no", "max_steps": 3, "per_device_train_batch_size": 4, **QUIET}
@@ -112,15 +111,6 @@ TARGETS: dict[str, Any] = {
 }
 # TRL itself refuses an adapter on the head: its fused head would pass it by
 CASES = [*(("own", name) for name in TARGETS), ("trl", "frozen parts"), ("trl", "lora")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    """Each train() collects garbage: 0.2 s over all that torch and transformers hold, unless that is set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # -- who learns --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.data.prompts import encode_row
+from foretell.data.prompts import _cut, _encode_some, _template_of
 from foretell.ops.loss_checks import Kind, check
 from foretell.ops.losses import _matmul_dtype, _softmax_dtype
 from foretell.ops.tree import PADDING, ROOT
@@ -100,6 +100,16 @@ def naive_linear_loss(
         torch.stack([rows_N.sum() for rows_N in each]),
         torch.stack([(right_N & rows_N).sum() for rows_N in each]),
     )
+
+
+def encode_row(
+    row: Mapping[str, Any], tokenizer: Any, max_length: int | None = None, assistant_only_loss: bool = True
+) -> dict[str, Any]:
+    """encode_rows of one row, by itself."""
+    (encoded,) = _encode_some([row], tokenizer, assistant_only_loss, _template_of(tokenizer))
+    if isinstance(encoded, ValueError):
+        raise encoded
+    return _cut(encoded, max_length)
 
 
 def preview(row: Mapping[str, Any], tokenizer: Any) -> str:

@@ -33,34 +33,6 @@ class EncodeStats:
     trained_tokens: int = 0
 
 
-def encode_row(
-    row: Mapping[str, Any], tokenizer: Any, max_length: int | None = None, assistant_only_loss: bool = True
-) -> dict[str, Any]:
-    """Encode one row of any form (see `foretell.data.rows`).
-
-    What is trained: for `messages` the assistant's tokens with each end-of-turn token; for `prompt` + `completion` the
-    completion; for `text` everything; for ready `input_ids` what `labels` or a 0/1 mask say, else everything. EOS ends
-    completions and text, as in TRL. None in messages, tools and the arguments of calls means absent, as Arrow fills it.
-
-    Args:
-        row: one row.
-        tokenizer: of transformers; None will do for ready rows.
-        max_length: tokens; longer rows lose their end.
-        assistant_only_loss: False trains all tokens of `messages`.
-
-    Returns:
-        `input_ids` and `labels`, lists of T; of ready rows also `hidden_states` [T, D], `document_ids` and
-        `position_ids` if they have them.
-
-    Raises:
-        ValueError: the row cannot be encoded, or encodes to nothing.
-    """
-    (encoded,) = _encode_some([row], tokenizer, assistant_only_loss, _template_of(tokenizer))
-    if isinstance(encoded, ValueError):
-        raise encoded
-    return _cut(encoded, max_length)
-
-
 def encode_rows(
     rows: Any,
     tokenizer: Any,
@@ -69,16 +41,25 @@ def encode_rows(
     vocab_size: int | None = None,
     skip_bad: bool = False,
 ) -> tuple[Sequence[dict[str, Any]], EncodeStats]:
-    """Encode rows for training. Rows with nothing left to train on are dropped; that and truncation are counted.
+    """Encode rows of any form (see `foretell.data.rows`) for training.
+
+    What is trained: for `messages` the assistant's tokens with each end-of-turn token; for `prompt` + `completion` the
+    completion; for `text` everything; for ready `input_ids` what `labels` or a 0/1 mask say, else everything. EOS ends
+    completions and text, as in TRL. None in messages, tools and the arguments of calls means absent, as Arrow fills it.
+    Rows with nothing left to train on are dropped; that and truncation are counted.
 
     Args:
         rows: from `load_rows`, or anything that it takes.
-        tokenizer, max_length, assistant_only_loss: as in `encode_row`.
+        tokenizer: of transformers; None will do for ready rows.
+        max_length: tokens; longer rows lose their end.
+        assistant_only_loss: False trains all tokens of `messages`.
         vocab_size: of the target; ids beyond it are an error.
         skip_bad: leave out rows that cannot be encoded; they are counted, and the first ones named in a warning.
 
     Returns:
-        The encoded rows (of a store a view, whose states stay on disk), and what became of all of them.
+        The encoded rows (of a store a view, whose states stay on disk), and what became of all of them. A row has
+        `input_ids` and `labels`, lists of T; of ready rows also `hidden_states` [T, D], `document_ids` and
+        `position_ids` if they have them.
 
     Raises:
         ValueError: rows that cannot be encoded, up to ten at once, each with its place; or no row left.

@@ -1,7 +1,7 @@
-"""The one seam to transformers: what the target model gives, and its forward over rows of a token tree.
+"""The seam to transformers: what the target model gives to modules and losses, and its forwards with gradient.
 
-Everything that transformers renames lands here. Models are used through their extension points (own Cache, registered
-attention function, ready positions); no modelling file is copied.
+Everything that transformers renames lands here, or in reader.py, the decoding side. Models are used through their
+extension points (own Cache, registered attention function, ready positions); no modelling file is copied.
 """
 
 # B sequences, T positions, R rows of a step, L visible columns, D hidden width, V vocabulary, N rows flattened.

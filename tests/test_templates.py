@@ -339,6 +339,16 @@ def test_marks_choose_and_what_is_prompted_is_never_trained():
     assert encode_row(row, tokenizer)["input_ids"] == tokenizer.apply_chat_template(TURNS)["input_ids"]
 
 
+def test_a_mark_that_ends_in_a_character_of_several_tokens_holds_them_all():
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.reasoning_content }}{% endgeneration %} {% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {"messages": [user("One?"), assistant("One.", "日本🙂")]}
+    assert trained(row, tokenizer_of(marked, CHATML)) == ["日本🙂"]
+
+
 def test_words_that_are_shown_behind_what_a_tool_said_are_refused():
     tokens = (
         ["<bos>", "<eos>", "<|turn>", "<turn|>", "<|tool_response>", "<tool_response|>", "<tool_call|>"],

@@ -16,10 +16,12 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_model
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from foretell import HeadsConfig, MaskedConfig, SequentialConfig, get_mtp_model
 from foretell.models import fast
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import CACHE_NAMES, SlotCache
 from foretell.models.target import Target, UnsupportedModelError
 
 PROMPT = torch.arange(10, 19)[None]
@@ -191,6 +193,47 @@ def linear_class_patched(model: nn.Module) -> Callable[[], None]:
     return lambda: setattr(nn.Linear, "forward", before)
 
 
+def put(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Another function in a function's place, as libraries of kernels put theirs."""
+    before = getattr(owner, name)
+    setattr(owner, name, make(before))
+    return lambda: setattr(owner, name, before)
+
+
+def rotary_function_patched(_model: nn.Module) -> Callable[[], None]:
+    return put(
+        modeling_llama, "apply_rotary_pos_emb", lambda old: lambda q, k, c, s, *a: old(q, k, c * 0.5, s * 1.5, *a)
+    )
+
+
+def function_below_patched(_model: nn.Module) -> Callable[[], None]:
+    return put(modeling_llama, "rotate_half", lambda old: lambda x: 0.5 * old(x))
+
+
+def linear_function_patched(_model: nn.Module) -> Callable[[], None]:
+    return put(nn.functional, "linear", lambda old: lambda x, w, b=None: old(x, w * 1.3, b))
+
+
+def call_patched(_model: nn.Module) -> Callable[[], None]:
+    kind, before = modeling_llama.LlamaRMSNorm, nn.Module.__call__
+    kind.__call__ = lambda self, x: before(self, x).tanh()
+    return lambda: delattr(kind, "__call__")
+
+
+def mlp_wrapped(model: nn.Module) -> None:
+    model.model.layers[0].mlp = Twice(model.model.layers[0].mlp)
+
+
+def head_normed(model: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    model.lm_head.parametrizations.weight.original0.data.mul_(torch.linspace(-2, 2, VOCAB)[:, None])
+
+
+def compiled(model: nn.Module) -> None:
+    model.model.norm.weight.data.mul_(torch.linspace(-3, 3, 32))
+    model.compile(backend="eager")
+
+
 class Twice(nn.Module):
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -275,7 +318,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         rotary_buffer, rotary_buffer_replaced, plain_attribute, pre_hook, hook_with_kwargs, hook_by_identity,
         hooks_replaced, global_hook, method_patched, partial_patched, class_patched, linear_class_patched, wrapped,
         layers_swapped, other_norm, other_head, activation, weight_norm, old_weight_norm, tanh_config, double, bfloat16,
-        wide_head, added_adapter, adapter_switched_off,
+        wide_head, added_adapter, adapter_switched_off, rotary_function_patched, function_below_patched,
+        linear_function_patched, call_patched, mlp_wrapped, head_normed, compiled,
     )
 }  # fmt: skip
 PLACES = ("model.layers.0", "model.layers.1.mlp", "model.layers.0.self_attn", "model.layers.1.self_attn.q_proj")
@@ -292,7 +336,16 @@ def start() -> nn.Module:
     return tiny_model(tie_word_embeddings=False)
 
 
-FIRST = ("method_patched", "partial_patched", "old_weight_norm", "wide_head", "added_adapter", "hook on model.norm")
+FIRST = (
+    "mlp_wrapped",
+    "head_normed",
+    "method_patched",
+    "partial_patched",
+    "old_weight_norm",
+    "wide_head",
+    "added_adapter",
+    "hook on model.norm",
+)
 
 
 @pytest.mark.parametrize(("change", "before"), [*((c, False) for c in CHANGES), *((c, True) for c in FIRST)])
@@ -449,6 +502,60 @@ def test_hooks_on_what_decoding_does_not_call_are_refused_by_name(start):
         mtp_say(mtp)
     handle.remove()
     assert mtp_say(mtp) == say(model)
+
+
+def test_a_hook_that_asks_the_cache_for_a_length_is_refused_by_name(start):
+    model = copy.deepcopy(start)
+    mtp = get_mtp_model(model, METHODS["sequential"])
+
+    def hook(_module: nn.Module, _args: Any, kwargs: dict, out: torch.Tensor) -> torch.Tensor:
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        return out if cache is None or cache.get_seq_length() < 12 else -out  # further on than any check looks
+
+    handle = model.model.layers[1].register_forward_hook(hook, with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match="asks the cache for one length of all rows"):
+        mtp_say(mtp)
+    handle.remove()
+    assert mtp_say(mtp) == say(model)
+
+
+def test_another_attention_of_the_same_name_is_refused_by_name(start):
+    model = copy.deepcopy(start)
+    mtp, wanted = get_mtp_model(model, METHODS["sequential"]), say(model)
+    assert mtp_say(mtp) == wanted
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda module, q, k, *rest, **more: before(module, q, k * 1.7, *rest, **more)
+    try:
+        with pytest.raises(UnsupportedModelError, match="cannot be decoded exactly"):
+            mtp_say(mtp)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+    assert mtp_say(mtp) == wanted
+
+
+def test_a_head_without_a_matrix_is_refused_by_name(start):
+    model = copy.deepcopy(start)
+    mtp = get_mtp_model(model, METHODS["sequential"])
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    with pytest.raises(UnsupportedModelError, match="is no tensor"):
+        mtp_say(mtp)
+
+
+def test_memory_given_back_by_others_waits_for_who_looks(start):
+    model = copy.deepcopy(start)
+    mtp, threads = get_mtp_model(model, METHODS["sequential"]), []
+
+    def hook(*_: Any) -> None:  # runs while the copy is held against the model
+        threads.append(threading.Thread(target=mtp.release))
+        threads[-1].start()
+        threads[-1].join(0.05 if len(threads) == 1 else 0)
+
+    handle = model.lm_head.register_forward_hook(hook)
+    got = mtp_say(mtp)
+    handle.remove()
+    for thread in threads:
+        thread.join()
+    assert got == say(model)
 
 
 def test_parts_elsewhere_are_refused_by_name(start):

@@ -166,7 +166,9 @@ def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     """The fused twin of a plain layer, or None: another kind, adapters, hooks, or other numbers."""
     if type(layer).__name__ not in PLAIN_LAYERS or not untouched(layer):
         return None
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
+    if not type(attention).__module__ == type(mlp).__module__ == type(layer).__module__ or "act_fn" not in mlp._modules:
+        return None  # somebody's own in their places
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     linears += [getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")]
     if not all(_plain_linear(m) for m in linears) or len({m.weight.dtype for m in linears}) > 1:

@@ -7,6 +7,7 @@ hooks and containers, so that most of what changes in the module later is seen b
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import threading
 import types
@@ -19,6 +20,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
+from transformers.utils.generic import GeneralInterface
 
 from foretell.models.rotary import turns_by_length
 
@@ -55,10 +57,12 @@ def signature(module: nn.Module) -> tuple[tuple, tuple]:
     structure: list[Any] = []
     places: list[int] = []
     configs: set[int] = set()
+    running: dict[Any, None] = {}
     for part in _parts(module):
         if turns_by_length(part):  # it remembers the longest text; what stands in for it asks it anew each time
             continue
-        own = [part, type(part), type(part).forward, tuple(part._modules)]
+        own = [part, type(part), tuple(part._modules)]
+        running |= {type(part).__call__: None, type(part).forward: None, part.__dict__.get("forward"): None}
         hooks = [tuple(getattr(part, kind)) for kind in _HOOKS if getattr(part, kind)]
         plain = [
             (name, _frozen(value, configs))
@@ -73,7 +77,31 @@ def signature(module: nn.Module) -> tuple[tuple, tuple]:
                     own += (name, tensor.dtype, tensor.device, tensor.shape)
                     places.append(_place(tensor))
         structure.append((*own, *hooks, *plain))
-    return tuple(structure), tuple(places)
+    called: dict[Any, None] = {}
+    for function in running:
+        _follow_calls(function, called)
+    return (*structure, *called), tuple(places)
+
+
+def _follow_calls(function: Any, called: dict[Any, None]) -> None:
+    """Every function that this one may call by a name of its file, or of a module there: anybody may set another."""
+    function = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
+    if function in called:
+        return
+    called[function] = None
+    if not isinstance(function, types.FunctionType):
+        return
+    names, spaces = function.__code__.co_names, [function.__globals__]
+    for space in spaces:
+        for value in [space[name] for name in names if name in space]:
+            if isinstance(value, types.ModuleType) and len(spaces) < _DEEP:
+                spaces.append(vars(value))
+            elif isinstance(value, types.FunctionType) and space is function.__globals__:
+                _follow_calls(value, called)
+            elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+                called[value] = None
+            elif isinstance(value, GeneralInterface):  # attention functions by name
+                called.update(dict.fromkeys(value.values()))
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,6 @@ between the two, so that nobody else's call sees it.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,9 +47,16 @@ class _Output(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
+def _clone(part: nn.Module) -> nn.Module:
+    # copy.copy asks a parametrized module how it is pickled, and it refuses
+    clone = object.__new__(type(part))
+    clone.__dict__.update(part.__dict__, _compiled_call_impl=None)  # a compiled call would run the live module
+    return clone
+
+
 def _stand_in(part: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """The part with another forward and no hooks; what others look up in it is still there."""
-    clone = copy.copy(part)
+    clone = _clone(part)
     hooks = {name: OrderedDict() for name in part.__dict__ if name.endswith("_hooks")}
     clone.__dict__.update(hooks, forward=forward)
     return clone
@@ -65,7 +71,7 @@ def _with(model: nn.Module, parts: dict[nn.Module, nn.Module]) -> nn.Module:
     changed = {name: child for name, child in changed.items() if child is not inside[name]}
     if not changed:
         return model
-    clone = copy.copy(model)
+    clone = _clone(model)
     clone.__dict__["_modules"] = {**model._modules, **changed}
     # one that was set on the object (TRL's fused losses, accelerate's autocast) is bound to the original
     clone.__dict__.pop("forward", None)

@@ -145,7 +145,8 @@ class RowReader:
         """
         if self._now.view is None:
             self._noticed()
-        within = self._verdicts[self._copy.key[0]].within if self._copy and self._copy.key else None
+        with self._lock:
+            within = self._verdicts[self._copy.key[0]].within if self._copy and self._copy.key else None
         if within is not None and longest > within:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} ({self.model.config.model_type}): got texts of up to {longest} tokens, "
@@ -156,9 +157,10 @@ class RowReader:
         """The fast module tree: the same weights, through our attention function and fast parts."""
         if self._now.view is not None:
             return self._now.view
-        if self._copy is None or self._copy.tree is None:
-            return self._noticed()
-        return self._copy.tree
+        with self._lock:
+            if self._copy is None or self._copy.tree is None:
+                return self._noticed()
+            return self._copy.tree
 
     def verdict(self) -> dict[str, Any]:
         """What comparing the copy with the model itself gave, as plain data."""
@@ -167,7 +169,8 @@ class RowReader:
 
     def head_key(self) -> int:
         """A number for the output head's values, as of the last time somebody looked."""
-        return self._copy.digest_of(self.head) if self._copy else digest(self.head.parameters())
+        with self._lock:
+            return self._copy.digest_of(self.head) if self._copy else digest(self.head.parameters())
 
     def _noticed(self) -> nn.Module:
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -229,7 +232,8 @@ class RowReader:
 
     def release(self) -> None:
         """Forget the fast module tree, its packed weights and what was recorded of it."""
-        self._copy = self.static = None
+        with self._lock:  # never under somebody who looks
+            self._copy = self.static = None
 
     def _dress(self, tree: Any) -> None:
         self._masks.hang_on(tree)

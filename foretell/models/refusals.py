@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
 # PEFT's arguments of one call, which it hands on through hooks: our rows are other rows than the caller's
@@ -83,6 +83,12 @@ def refuse_now(outer: nn.Module, model: Any) -> None:
                 f"{name}.prepare_inputs_for_generation was replaced, and foretell prepares rows itself; wanted its own."
             )
         refuse_adapter(owner)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not isinstance(part.weight, Tensor):
+            raise UnsupportedModelError(
+                f"{name}: the weight of its {type(part).__name__} (embeddings or output head) is no tensor, and a "
+                "module borrows it; wanted a plain or quantized one from transformers."
+            )
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1 or "meta" in places:
         raise UnsupportedModelError(_elsewhere(name, places))

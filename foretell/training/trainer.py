@@ -219,6 +219,8 @@ class MTPTrainer(MTPTraining):
         if loss is not None:
             count = counts_K1[0].clamp(min=1)
             share = loss(losses["outputs"], inputs["labels"], num_items_in_batch=num_items)
+            if not isinstance(share, Tensor):
+                raise ValueError(f"compute_loss_func: got {share!r}, wanted a loss (a tensor).")
             losses["ntp"] = LossSum(share * count, count, count)
         losses["outputs"] = losses["outputs"] if asked else {}
         return losses

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foretell.checkpoint import check_target, load_tensors, read_config, save_module
 from foretell.data.collate import to_batch
 from foretell.decoding.adaptive import COUNTED, COUNTED_STEP, AdaptiveLength, CostCurve, FixedLength
+from foretell.decoding.arguments import Plan
 from foretell.decoding.generate import MTPGenerate, MTPGenerateOutput
 from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanLength
@@ -222,17 +223,7 @@ class MTPModel(Learning):
                 self._curve = CostCurve.measure(self.target)
             return self._curve
 
-    def adaptive(
-        self,
-        space: Workspace,
-        drafter: Any,
-        do_sample: bool,
-        layout: str | None = None,
-        length: int | str = "auto",
-        policy: str = "lossless",
-        threshold: float | None = None,
-        counted: bool = False,
-    ) -> AdaptiveLength:
+    def adaptive(self, space: Workspace, plan: Plan, do_sample: bool, counted: bool) -> AdaptiveLength:
         """Who decides lengths for num_draft_tokens="auto", and with a fixed length only the layout of masks; for
         drafters given by name, kept in the workspace between calls. counted: by counts of this call alone, without a
         clock.
@@ -241,14 +232,15 @@ class MTPModel(Learning):
         curve = COUNTED if counted and not given else self.cost_curve()
         steps = dict.fromkeys(("mtp", "spans"), 0.0 if given else COUNTED_STEP) if counted else None
         made = AdaptiveLength(curve, LONGEST_AUTO, steps)
-        if isinstance(length, int):
-            made = FixedLength(curve, length, steps)
-        if policy in SPANS:
+        if isinstance(plan.length, int):
+            made = FixedLength(curve, plan.length, steps)
+        if plan.policy in SPANS:
             longest = min(self.module.longest_draft, LONGEST_AUTO)
-            made = SpanLength(curve, longest, policy == "static_k", self.module.lays_masks, steps)
-        if counted or not isinstance(drafter, str):
+            made = SpanLength(curve, longest, plan.policy == "static_k", self.module.lays_masks, steps)
+        if counted or not isinstance(plan.drafter, str):
             return made
-        return space.adaptive.setdefault((drafter, do_sample, layout, length, policy, threshold), made)
+        key = (plan.drafter, do_sample, plan.layout, plan.length, plan.policy, plan.threshold)
+        return space.adaptive.setdefault(key, made)
 
     @property
     def reference(self) -> str:

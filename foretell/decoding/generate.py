@@ -187,8 +187,7 @@ class MTPGenerate:
             if length == "auto" or (plan.layout == "auto" and length):
                 drawn = warp is not None or not isinstance(plan.drafter, str)
                 counted = sample and (drawn or plan.policy in LOSSY)  # lengths have a say in the text
-                how = (plan.drafter, sample, plan.layout, length, plan.policy, plan.threshold, counted)
-                length = mtp.adaptive(space, *how)
+                length = mtp.adaptive(space, plan, sample, counted)
                 length.begin()
             drafter = plan.drafters(mtp, space, warp)
             stats = space.decoder(mtp.target, drafter, plan.policy, self.watchers).run(

@@ -5,7 +5,7 @@ beside it a mask sees the earlier masks of its own block. So nothing of size [ro
 computed a tile at a time, forward and again backward, and tiles beyond a run are skipped. The keys and values of
 text are constants here: no adapter touches them, so no gradient reaches them.
 
-`dense_attention` is the slow twin: the tree rule as one boolean mask, through `foretell_attention`; it also serves
+`dense_attention` is the slow twin: the same rule as one boolean mask, through `foretell_attention`; it also serves
 models with soft-capped scores or sinks. On a CUDA device the same rule runs as a FlexAttention block mask.
 """
 
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foretell.models.attention import foretell_attention
-from foretell.ops.tree import interval_mask_mod
+from foretell.ops.tree import MaskMod, interval_mask_mod
 
 COMB = "foretell_comb"
 # of one tile: its scores fit a CPU's caches, and few rows, so that little lies beyond their runs
@@ -80,27 +80,24 @@ class CombKeys(Cache):
         key, value = self._kept[layer]
         return key[:, :, : self.end].to(device), value[:, :, : self.end].to(device)
 
+    def _rule(self, window: int | None) -> tuple[MaskMod, int, int, int]:
+        """(what a row sees, sequences, rows, columns: the text's and, of masks, the rows' own)."""
+        (B, R), masks = self.last_BR.shape, self.masks
+        mod = interval_mask_mod(self.first(window), self.last_BR, self.end, masks, window)
+        return mod, B, R, self.end + (R if masks else 0)
+
     def visible(self, window: int | None) -> Tensor:
         """bool [B, R, end (+ R masks)]: the rule as one dense mask."""
-        column_L = torch.arange(self.end, device=self.last_BR.device)
-        seen_BRL = (column_L >= self.first(window)[..., None]) & (column_L <= self.last_BR[..., None])
-        if not self.masks:
-            return seen_BRL
-        row_R = torch.arange(self.last_BR.shape[1], device=column_L.device)
-        back_RR = row_R[:, None] - row_R
-        own_RR = (row_R[:, None] // self.masks == row_R // self.masks) & (back_RR >= 0)
-        if window is not None:
-            own_RR &= back_RR < window
-        return torch.cat([seen_BRL, own_RR.expand(len(seen_BRL), -1, -1)], dim=-1)
+        mod, *sizes = self._rule(window)
+        b, q, kv = (torch.arange(n, device=self.last_BR.device) for n in sizes)
+        return mod(b[:, None, None], b[:1], q[:, None], kv)
 
     def block_mask(self, window: int | None) -> Any:
         """The rule for FlexAttention, made once a pass and window for all layers."""
         if window not in self._flex:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            mod = interval_mask_mod(self.first(window), self.last_BR, self.end, self.masks, window)
-            B, R = self.last_BR.shape
-            columns = self.end + (R if self.masks else 0)
+            mod, B, R, columns = self._rule(window)
             cuda = self.last_BR.device.type == "cuda"  # compiled, the rule is never written out densely
             self._flex[window] = create_block_mask(
                 mod, B, None, R, columns, device=str(self.last_BR.device), _compile=cuda

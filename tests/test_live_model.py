@@ -370,8 +370,14 @@ def test_what_changes_in_a_model_is_noticed(change, before, start):
         assert mtp_say(mtp) == old
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "mixtral", "gpt_neox"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(("sequential", name) for name in ("qwen2", "gemma3_text", "mixtral", "gpt_neox")),
+        *(("heads", name) for name in ("gemma3_text", "gpt_neox")),
+        *(("masked", name) for name in ("gemma3_text", "mixtral")),
+    ],
+)
 def test_other_architectures_and_methods(method, name):
     model = tiny_model(name)
     mtp = get_mtp_model(model, METHODS[method])
@@ -579,8 +585,7 @@ def test_inference_mode_around_a_call_or_a_load(method, start):
     assert mtp_say(mtp) == wanted
 
 
-@pytest.mark.parametrize("packs", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "packs"), [*((method, True) for method in METHODS), ("sequential", False)])
 def test_autocast_and_the_default_dtype(method, packs, start, monkeypatch):
     if not packs:
         monkeypatch.setattr(fast, "_can_pack", lambda module: False)

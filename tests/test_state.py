@@ -189,8 +189,9 @@ def flags(model: nn.Module) -> dict[str, bool]:
     return {name: part.training for name, part in model.named_modules()}
 
 
-@pytest.mark.parametrize("mode", [True, False, "mixed"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "mode"), [*((method, "mixed") for method in METHODS), ("sequential", True), ("masked", False)]
+)
 def test_every_part_keeps_its_mode(method, mode):
     mtp, inputs = METHODS[method](), prompts(9, 4)
     wanted = say(mtp.model, inputs)
@@ -220,8 +221,9 @@ def test_a_module_takes_the_mode_of_its_target():
     assert say(mtp.train(), prompts(9), num_draft_tokens=2) == wanted, "what decodes has no dropout"
 
 
-@pytest.mark.parametrize("method", [*METHODS, "noise"])
-@pytest.mark.parametrize("length", [0, 3, "auto"])
+@pytest.mark.parametrize(
+    ("method", "length"), [*((m, n) for m in (*METHODS, "noise") for n in (3, "auto")), ("sequential", 0)]
+)
 def test_greedy_calls_draw_no_random_numbers(method, length):
     noise = MaskedConfig(depth=3, lora_rank=4, mask_tokens="noise", sampler=False)
     mtp = get_mtp_model(leaning_model(), noise) if method == "noise" else METHODS[method]()

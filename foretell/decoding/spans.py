@@ -132,7 +132,7 @@ class SpanRun(Run):
         scores_NV = processed.rows(list(texts), none, logits_NV[:, None])[:, 0]
         if not processed.do_sample:
             return scores_NV.argmax(-1).tolist()
-        return draw(to_probs(scores_NV, do_sample=True), self.rules.generator).tolist()
+        return draw(to_probs(scores_NV), self.rules.generator).tolist()
 
 
 class SpanLength(AdaptiveLength):

@@ -75,11 +75,11 @@ def verify(
     if uniform_BR is None:
         choices = scores_BRV.argmax(-1).tolist()
     elif any(draft.drawn(i) for draft in drafts for i in range(len(draft))):
-        return _verify_drawn(drafts, to_probs(scores_BRV, do_sample=True), uniform_BR)
+        return _verify_drawn(drafts, to_probs(scores_BRV), uniform_BR)
     else:
         # the target's own draw at each row: a chosen token is kept as often as it would have been drawn, and the text
         # is what it would have been without drafts
-        probs_BRV = to_probs(scores_BRV, do_sample=True)
+        probs_BRV = to_probs(scores_BRV)
         choices = take(probs_BRV.flatten(0, 1), uniform_BR.flatten()).view(uniform_BR.shape).tolist()
     return [verify_greedy(d, row[: 1 + len(d)]) for d, row in zip(drafts, choices, strict=True)]
 
@@ -144,7 +144,7 @@ def _verify_typical(drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Ten
     Medusa's candidates start with the target's own token; here that token ended the verification before, so all drafts
     face the rule. The token after them is again the target's own choice, as under "lossless".
     """
-    probs_BRV = to_probs(scores_BRV, do_sample=True)
+    probs_BRV = to_probs(scores_BRV)
     thresholds = typical_thresholds(probs_BRV.flatten(0, 1)).view(probs_BRV.shape[:2]).tolist()
     flat = probs_BRV.flatten(0, 1)
     if uniform_BR is None:

@@ -21,7 +21,7 @@ from foretell.methods.reading import below_text, owners_of
 from foretell.models.fast import fast_view
 from foretell.models.target import Target, TargetRows
 from foretell.ops.losses import linear_loss
-from foretell.ops.sampling import over_vocabulary
+from foretell.ops.sampling import draw, over_vocabulary, to_probs
 from foretell.ops.shift import ahead, labels_of
 from foretell.types import IGNORE_INDEX, Batch, LossSum
 
@@ -197,7 +197,7 @@ class MTPModule(nn.Module):
         chosen = []
         for part_ND in states.reshape(-1, states.shape[-1]).split(256):
             logits_NM = target.scaled(F.linear(part_ND, weight_MD.to(part_ND.dtype), bias_M))
-            chosen.append(drawn(logits_NM) if sample else logits_NM.argmax(-1))
+            chosen.append(draw(to_probs(logits_NM)) if sample else logits_NM.argmax(-1))
         ids = torch.cat(chosen).view(states.shape[:-1])
         return ids if self.draft_vocab_ids is None else self.draft_vocab_ids[ids]
 
@@ -360,12 +360,7 @@ def chosen_tokens(
     """A model's own next tokens at these rows of its states, the likeliest or drawn ones; each row is asked once."""
     rows_U, at_N = rows_N.unique(return_inverse=True)
     found = (logits(states_ND[part]) for part in rows_U.split(256))
-    return torch.cat([drawn(logits_NV) if sample else logits_NV.argmax(-1) for logits_NV in found])[at_N]
-
-
-def drawn(logits_NV: Tensor) -> Tensor:
-    """[N] a token of each row's distribution."""
-    return torch.multinomial(logits_NV.float().softmax(-1), 1)[:, 0]
+    return torch.cat([draw(to_probs(logits_NV)) if sample else logits_NV.argmax(-1) for logits_NV in found])[at_N]
 
 
 def config_class(method: str) -> type[MTPConfig]:

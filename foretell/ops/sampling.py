@@ -1,4 +1,4 @@
-"""Scores to probabilities, and drawing from them. Temperature 0 is a one-hot row, so that one rule verifies both."""
+"""Scores to probabilities, and drawing from them."""
 
 # N rows, V vocabulary.
 
@@ -10,16 +10,9 @@ import torch
 from torch import Tensor
 
 
-def to_probs(scores_NV: Tensor, do_sample: bool) -> Tensor:
-    """fp32 [N, V]: softmax of processed scores; without sampling the one-hot row of their argmax.
-
-    Of equal scores the lowest index wins, as in torch.argmax and so in transformers' greedy search. A score of -inf has
-    probability 0 and is never drawn.
-    """
-    if do_sample:
-        return torch.softmax(scores_NV, dim=-1, dtype=torch.float32)
-    best_N1 = scores_NV.argmax(dim=-1, keepdim=True)
-    return torch.zeros_like(scores_NV, dtype=torch.float32).scatter_(-1, best_N1, 1.0)
+def to_probs(scores_NV: Tensor) -> Tensor:
+    """fp32 [N, V]: softmax of processed scores. A score of -inf has probability 0 and is never drawn."""
+    return torch.softmax(scores_NV, dim=-1, dtype=torch.float32)
 
 
 def over_vocabulary(logits_NM: Tensor, ids_M: Tensor | None, vocab_size: int) -> Tensor:

@@ -52,14 +52,13 @@ def naive_linear_loss(
     teacher_bias_M: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    row_weight_N: Tensor | None = None,
     groups_N: Tensor | None = None,
     groups: int | None = None,
     chunk_rows: int | None = None,
 ) -> LossSum:
     """linear_loss with all logits at once and plain autograd: the twin that a reader can check by eye."""
     check(
-        kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
+        kind, hidden_ND, weight_MD, bias_M, labels_N, softcap, chunk_rows,
         teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N, groups_N, groups,
     )  # fmt: skip
 
@@ -89,8 +88,6 @@ def naive_linear_loss(
             "reverse_kl": lambda: (p_NM * (logp_NM - logq_NM)).sum(-1),
             "tv": lambda: 0.5 * (p_NM - q_NM).abs().sum(-1),
         }[kind]()
-    if row_weight_N is not None:
-        loss_N = loss_N * row_weight_N.detach()
     right_N = x_NM.argmax(-1) == wanted_N
     if groups is None:
         return LossSum(loss_N[counted_N].sum(), counted_N.sum(), (right_N & counted_N).sum())

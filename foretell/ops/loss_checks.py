@@ -25,7 +25,6 @@ def check(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
-    row_weight: Tensor | None,
     softcap: float | None,
     chunk_rows: int | None,
     teacher_hidden: Tensor | None,
@@ -53,7 +52,6 @@ def check(
     fits("weight_MD", weight, (M, hidden.shape[1]), "the head's width is that of hidden_ND")
     fits("bias_M", bias, (M,), "one a token of the head")
     fits("labels_N", labels, (N,), "one a row of hidden_ND; flatten it the same way")
-    fits("row_weight_N", row_weight, (N,), "one a row of hidden_ND; flatten it the same way")
     if labels is None and teacher_hidden is None:
         problems.append("got neither labels_N nor teacher_hidden_ND: pass one of them")
     if (teacher_hidden is None) != (teacher_weight is None):

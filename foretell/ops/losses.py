@@ -49,7 +49,6 @@ def linear_loss(
     teacher_bias_M: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    row_weight_N: Tensor | None = None,
     groups_N: Tensor | None = None,
     groups: int | None = None,
     chunk_rows: int | None = None,
@@ -58,7 +57,7 @@ def linear_loss(
 
     Softmax and losses are computed in fp32 (fp64 for fp64 inputs), matrix products in the type that hidden and weight
     promote to, or in autocast's under torch.autocast. Gradients go to hidden_ND, weight_MD and bias_M where they
-    require one (the weight's is accumulated in fp32), never to the teacher or to row_weight_N, and once only.
+    require one (the weight's is accumulated in fp32), never to the teacher, and once only.
 
     Args:
         hidden_ND: [N, D] what the head reads.
@@ -73,7 +72,6 @@ def linear_loss(
             but "ce" need a teacher; "ce" with a teacher is the soft cross-entropy.
         bias_M, teacher_bias_M: [M] biases of the heads.
         softcap, logit_scale: of the student's and the teacher's logits alike, since both are the target's head.
-        row_weight_N: [N] factor of each row in the total; counts are not weighted.
         groups_N, groups: [N] long in [0, G) and G: one sum a group (depths that share teacher rows share their
             logits so). Only for a head that needs no gradient itself.
         chunk_rows: C. None: as many as 16 MiB of fp32 logits hold on a CPU, 256 MiB elsewhere, and at least 64.
@@ -86,7 +84,7 @@ def linear_loss(
         ValueError: unknown kind, missing labels or teacher, shapes that do not fit, labels or rows out of range.
     """
     check(
-        kind, hidden_ND, weight_MD, bias_M, labels_N, row_weight_N, softcap, chunk_rows,
+        kind, hidden_ND, weight_MD, bias_M, labels_N, softcap, chunk_rows,
         teacher_hidden_ND, teacher_weight_MD, teacher_bias_M, teacher_rows_N, groups_N, groups,
     )  # fmt: skip
     rows_N = None if labels_N is None else _counted(labels_N)
@@ -113,7 +111,6 @@ def linear_loss(
         labels=labels_N,
         teacher=teacher,
         teacher_rows=teacher_rows_N,
-        row_weight=None if row_weight_N is None else _pick(row_weight_N.detach(), rows_N),
         group_rows=None if groups_N is None else _pick(groups_N, rows_N),
         groups=groups,
         grad_enabled=torch.is_grad_enabled(),
@@ -212,7 +209,6 @@ class _Job:
     labels: Tensor | None
     teacher: _Head | None
     teacher_rows: Tensor | None  # None: as rows, all as they stand
-    row_weight: Tensor | None
     group_rows: Tensor | None
     groups: int | None
     grad_enabled: bool
@@ -310,21 +306,18 @@ class _LinearLoss(torch.autograd.Function):
                 loss_C, grad_CM, right_C = _label_loss(x_CM, job.labels[chunk], buffers)
             else:
                 loss_C, grad_CM, right_C = _teacher_loss(x_CM, job, chunk, buffers)
-            weight_C = None if job.row_weight is None else job.row_weight[chunk].to(sum_dtype)
             if job.group_rows is not None:
                 correct.index_add_(0, job.group_rows[chunk], right_C.long())
-                total.index_add_(0, job.group_rows[chunk], loss_C if weight_C is None else loss_C * weight_C)
+                total.index_add_(0, job.group_rows[chunk], loss_C)
             else:
                 correct += right_C.sum()
-                total += loss_C.sum() if weight_C is None else loss_C.dot(weight_C)
+                total += loss_C.sum()
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
             if slope_CM is not None:
                 grad_CM.mul_(slope_CM)
-            # a row's weight and the scale are factors of whole rows: cheaper on [C, D] than on [C, M]
-            factor_C1 = None
-            if weight_C is not None or head.scale != 1.0:
-                factor_C1 = (torch.ones_like(loss_C) if weight_C is None else weight_C)[:, None] * head.scale
+            # the scale is a factor of whole rows: cheaper on [C, D] than on [C, M]
+            factor_C1 = None if head.scale == 1.0 else torch.full_like(loss_C, head.scale)[:, None]
             if wants_bias:
                 grad_bias_M += grad_CM.sum(0) if factor_C1 is None else grad_CM.t().mv(factor_C1[:, 0])
             if head.dtype != grad_CM.dtype:

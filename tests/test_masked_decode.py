@@ -562,7 +562,7 @@ def adaptive(curve: CostCurve, share: float, batch: int = 1, longest: int = 4, k
 
 def test_free_rows_all_carry_whole_blocks():
     for batch, n in ((1, 4), (3, 2)):
-        masks, rows = adaptive(FLAT, 0.8, batch).blocks("mtp", [chain(n)] * batch, 4)
+        masks, rows = adaptive(FLAT, 0.8, batch).paying_blocks("mtp", [chain(n)] * batch, 4)
         assert masks == 4 and [sorted(each) for each in rows] == [list(range(n + 1))] * batch
 
 
@@ -571,7 +571,7 @@ def test_dear_rows_and_hopeless_drafts_carry_none_but_a_probe_now_and_then():
         one = adaptive(curve, share)
         laid = []
         for _ in range(300):
-            masks, rows = one.blocks("mtp", [chain(0)], 4)
+            masks, rows = one.paying_blocks("mtp", [chain(0)], 4)
             assert (masks == 0) == (not any(rows))
             assert masks <= 2, "a probe is small"
             if masks:
@@ -586,7 +586,7 @@ def test_blocks_hang_where_the_path_is_likely_to_end():
         draft = chain(3)
         draft.confidence = chances
         one._table.clear()  # chances as the drafts say
-        _, rows = one.blocks("mtp", [draft], 4)
+        _, rows = one.paying_blocks("mtp", [draft], 4)
         assert rows[0] and rows[0][0] == wanted, (chances, rows)
 
 
@@ -614,7 +614,7 @@ def test_blocks_are_the_best_by_their_definition():
                 likely = sum(sum(sorted(each)[::-1][:groups]) for each in ends)
                 taken = one.cost(base + batch * groups * masks) - one.cost(base)
                 values[masks, groups] = max(*gains, 0.0) * likely - rate * taken
-        masks, rows = one.blocks("mtp", drafts, 4)
+        masks, rows = one.paying_blocks("mtp", drafts, 4)
         groups = max(map(len, rows))
         assert values[masks, groups] == pytest.approx(max(values.values()), abs=1e-9)
         for each, row in zip(ends, rows, strict=True):

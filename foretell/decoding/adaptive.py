@@ -279,7 +279,7 @@ class AdaptiveLength:
                 best, best_rate = m, rate
         return [subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
 
-    def blocks(self, name: str, drafts: list[Draft], longest: int) -> tuple[int, list[list[int]]]:
+    def paying_blocks(self, name: str, drafts: list[Draft], longest: int) -> tuple[int, list[list[int]]]:
         """(K, of each sequence the rows that carry a block of K masks), so many as pay; (0, none) where none does.
 
         A block is worth what it lets the next step draft, if the accepted path ends at its row: that chance times

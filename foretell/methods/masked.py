@@ -211,7 +211,7 @@ class MaskedModule(MTPModule):
         self.usual_layout = "two_pass" if config.mask_tokens == "noise" else "auto"
         self.rows = MaskRows(target.embed_tokens, config.depth, config.mask_tokens, adapters, self.gated)
         self.sampler = SamplerHead(target) if config.sampler else None
-        self.whole = False  # texts in one chunk, however long: set by trainers whose ranks must read in step
+        self.at_once = False  # texts in one chunk, however long: set by trainers whose ranks must read in step
         target.mask_rows = self.rows
         target.release()  # a view made before knows nothing of the adapters
 
@@ -325,7 +325,7 @@ class MaskedModule(MTPModule):
             found = loss(rows.piece)
             if is_forced(supervision):
                 rows.anchor = anchor(target, batch, rows.piece, labels_BTK, detach, supervision, kind)
-        elif self.whole or labels_BTK.shape[1] <= self.config.chunk_size or not torch.is_grad_enabled():
+        elif self.at_once or labels_BTK.shape[1] <= self.config.chunk_size or not torch.is_grad_enabled():
             found = summed(map(loss, read()))
         else:
             found = streamed(self, lambda: map(loss, read()), coefficients_K)

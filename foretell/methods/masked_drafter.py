@@ -77,7 +77,7 @@ class MaskedDrafter(ChainDrafter):
             return 0, [[] for _ in drafts]
         self._laid = self.masks
         if self.layout == "auto":
-            self._laid, rows = adaptive.blocks(self.name, drafts, self.masks)
+            self._laid, rows = adaptive.paying_blocks(self.name, drafts, self.masks)
         elif self.layout == "quadratic":
             rows = [list(range(len(draft) + 1)) for draft in drafts]
         else:

@@ -61,7 +61,7 @@ def pieces(module: Any, target: Target, batch: Batch, carries_BT: Tensor, K: int
     A token's masks are read once the K tokens after it are, whose states teach them: nothing is lost at borders.
     """
     T = batch.input_ids_BT.shape[1]
-    C = T if module.whole else module.config.chunk_size
+    C = T if module.at_once else module.config.chunk_size
     column_BT, start_BT = columns_of(batch.document_BT)
     keys = CombKeys(T, "cpu" if module.config.offload_keys else None)
     everywhere = None if module.gated else module.rows.adapters
@@ -83,14 +83,14 @@ def pieces(module: Any, target: Target, batch: Batch, carries_BT: Tensor, K: int
         if owners or last:
             found, owners = True, max(owners, 1)
             owner_BO, valid_BO = owners_of(carries_BW, owners)
-            below = Below(target, batch, keys, owner_BO + done, valid_BO, start_BT, K)
+            below = RowsBelow(target, batch, keys, owner_BO + done, valid_BO, start_BT, K)
             filler_BRD = text_BWD.new_zeros(len(owner_BO), owners * K, text_BWD.shape[2])
             masks_BOKD = below.read(module.rows.embed(filler_BRD, below.step_BR), module.rows.adapters)
             yield Piece(masks_BOKD, owner_BO + done, valid_BO, text_BWD, first, target, below.reread)
         done = ready
 
 
-class Below:
+class RowsBelow:
     """K rows below each of these tokens, against the keys of their text."""
 
     def __init__(
@@ -124,14 +124,14 @@ class Below:
         return self.read(self.target.embed(ids_BOK.flatten(1)), None)
 
 
-def below_text(target: Target, batch: Batch, owner_BO: Tensor, valid_BO: Tensor, K: int) -> Below:
+def below_text(target: Target, batch: Batch, owner_BO: Tensor, valid_BO: Tensor, K: int) -> RowsBelow:
     """Places for K tokens below each of these, once the text has been read for them."""
     column_BT, start_BT = columns_of(batch.document_BT)
     keys = CombKeys(batch.input_ids_BT.shape[1])
     keys.begin(start_BT, column_BT, column_BT, keys.tokens, 0, 0)
     with torch.no_grad():
         target.read_comb(target.embed(batch.input_ids_BT), batch.position_ids_BT, keys)
-    return Below(target, batch, keys, owner_BO, valid_BO, start_BT, K)
+    return RowsBelow(target, batch, keys, owner_BO, valid_BO, start_BT, K)
 
 
 def one_pass(

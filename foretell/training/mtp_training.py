@@ -44,7 +44,7 @@ class MTPTraining(Trainer):
         mtp.stores_target |= args.trains_target
         mtp.make_trainable()
         if mtp.module.lays_masks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            mtp.module.whole = True
+            mtp.module.at_once = True
         self._counts_K1: Tensor | None = None
         self._noted: dict[str, list[Tensor]] = {}
         self._noted_steps: set[int] = set()

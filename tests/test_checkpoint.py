@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_old_folder_whole(saved, monkeypatch):
 
 
 def test_a_full_disk_in_training_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    from foretell.training.trainer import last_complete_checkpoint
+    from foretell.training.mtp_training import last_complete_checkpoint
 
     save = foretell.checkpoint.save_file
 
@@ -363,7 +363,7 @@ def test_data_that_does_not_fit_the_model_or_the_depth(tmp_path):
     tokenizer = make_tokenizer()
     refused("train_dataset: text needs processing_class", [{"text": "one two"}], tmp_path)
     tokenizer.add_tokens([f"new{n}" for n in range(60)])
-    refused("wanted ids below the target's vocabulary of 97", [{"text": "one two three"}], tmp_path, tokenizer)
+    refused("wanted ids below the target's vocabulary of 97", [{"text": "one two new59"}], tmp_path, tokenizer)
     refused("rows[0]: got token id 97, wanted ids below", [{"input_ids": [2, 3, 97, 4, 5]}], tmp_path)
     refused(
         "the longest of 2 usable rows has 4 tokens, but depth 3 needs at least 5",

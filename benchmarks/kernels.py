@@ -180,11 +180,11 @@ def serve(make: Callable[[], dict[str, Callable[..., Any]]]) -> None:
 class Worker:
     """A process that answers."""
 
-    def __init__(self, python: str, *words: str, build: Path | None = None) -> None:
+    def __init__(self, python: str, *words: str, build: Path | None = None, script: str = __file__) -> None:
         env = os.environ | ({} if build is None else {"PYTHONPATH": str(build.resolve())})
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            [python, __file__, "--worker", *words],
+            [python, script, "--worker", *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env,
         )  # fmt: skip
 

@@ -153,6 +153,7 @@ class MTPModel(Learning):
         confidence_threshold: float | None = None,
         drafter: str | Drafter | Sequence[Drafter] = "mtp",
         draft_sample_method: str = "greedy",
+        draft_dtype: str = "auto",
         draft_tree: Sequence[Sequence[int]] | None = None,
         draft_layout: str | None = None,
         generator: torch.Generator | None = None,
@@ -169,6 +170,8 @@ class MTPModel(Learning):
             commits k tokens, or the leading ones of at least confidence_threshold (0.9 if None), unverified.
         drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects.
         draft_sample_method: "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module).
+        draft_dtype: of the weights that draft: "float32", "bfloat16", "int8" (with rows of bf16), or "auto", what is
+            fastest for each product by measurement. No verified text depends on it; lossy spans keep the module's own.
         draft_tree: for parallel heads, which guesses are verified together (foretell.cartesian_tree, calibrated_tree);
             None is a chain, and with "auto" those that pay.
         draft_layout: for mask tokens, which rows of a step carry masks: "linear" (the last draft), "quadratic" (every
@@ -188,6 +191,7 @@ class MTPModel(Learning):
             confidence_threshold=confidence_threshold,
             drafter=drafter,
             draft_sample_method=draft_sample_method,
+            draft_dtype=draft_dtype,
             draft_tree=draft_tree,
             draft_layout=draft_layout,
             generator=generator,
@@ -195,15 +199,15 @@ class MTPModel(Learning):
         )
         return self.model.generate(inputs, custom_generate=run, **kwargs)
 
-    def drafter(self, space: Workspace | None = None, sample: bool = False) -> ModuleDrafter:
+    def drafter(self, space: Workspace | None = None, sample: bool = False, dtype: str = "auto") -> ModuleDrafter:
         """A drafter over the module's and the output head's current weights, with storage of its own or a workspace's.
 
         Packed weights are shared by all of them, and made anew when the weights have changed.
         """
         self.target.refresh()  # the drafter borrows its packed head
         version = copy_key(self.module), self.target.head_key()
-        packed = self._workspaces.packed(version, lambda: self.module.drafter(self.target))
-        return packed.another(sample) if space is None else space.drafter(packed, sample)
+        packed = self._workspaces.packed(dtype, version, lambda: self.module.drafter(self.target, dtype=dtype))
+        return packed.another(sample) if space is None else space.drafter(packed, sample, dtype)
 
     def workspace(self) -> AbstractContextManager[Workspace]:
         """Caches for a call of one's own: threads, and calls inside calls, each have theirs."""

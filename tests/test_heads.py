@@ -338,9 +338,9 @@ def test_no_drafter_is_made_where_none_is_asked():
     mtp = get_mtp_model(leaning_model(), HeadsConfig(depth=2))
     run(mtp, INPUTS["one"], max_new_tokens=4, num_draft_tokens=0)
     run(mtp, INPUTS["one"], max_new_tokens=4, num_draft_tokens=2, drafter="lookup")
-    assert mtp._workspaces._packed is None
+    assert not mtp._workspaces._packed
     run(mtp, INPUTS["one"], max_new_tokens=4, num_draft_tokens=2)
-    assert mtp._workspaces._packed is not None
+    assert mtp._workspaces._packed
 
 
 def test_one_reading_of_the_heads_a_round():

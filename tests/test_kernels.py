@@ -17,7 +17,7 @@ from foretell.models import fast, kernels
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.kernels import PLAIN, ROWS, Measured, choose, settle
-from foretell.models.linears import DOUBLED, PACKED, TRANSPOSED, FusedRMSNorm, PackedLinear, fused_norm
+from foretell.models.linears import DOUBLED, HALF, INT8, PACKED, TRANSPOSED, FusedRMSNorm, PackedLinear, fused_norm
 
 CLOCK = kernels.seconds_of
 packable = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
@@ -352,3 +352,66 @@ def test_the_clock_itself():
     assert set(names) <= {PLAIN, *product.kernels}
     seconds = kernels.seconds_of(product, PLAIN, torch.ones(4, 32))
     assert 0 < seconds < 1
+
+
+# -- weights that draft ------------------------------------------------------------------------------------------------
+
+
+DRAFTING = {
+    "each where it wins": (
+        {PLAIN: [9.0] * 8, PACKED: [3.0] * 8, HALF: [2.0] * 8, INT8: [1.0] * 4 + [5.0] * 4},
+        [INT8] * 4 + [HALF] * 4,
+    ),
+    "narrow weights lose": ({PLAIN: [4.0] * 8, PACKED: FLAT, HALF: [2.0] * 8, INT8: [3.0] * 8}, [PACKED] * 8),
+    "nothing wins": ({PLAIN: FLAT, PACKED: [1.1] * 8, HALF: [1.2] * 8, INT8: [1.1] * 8}, [PLAIN] * 8),
+}
+
+
+@packable
+@pytest.mark.parametrize("name", DRAFTING)
+def test_what_drafts_has_the_weights_that_were_fastest(monkeypatch, name):
+    seconds, wanted = DRAFTING[name]
+    taking(monkeypatch, seconds)
+    product = fast_view(nn.Sequential(nn.Linear(32, 40)), "auto")[0]
+    assert product.names == wanted
+    assert set(product.kept) == set(wanted) - {PLAIN}
+
+
+@packable
+@pytest.mark.parametrize("dtype", [HALF, INT8])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_narrow_weights_give_the_products_to_their_own_precision(dtype, weights):
+    torch.manual_seed(0)
+    plain = nn.Linear(96, 40, dtype=weights)
+    product = fast_view(nn.Sequential(plain), dtype)[0]
+    x_BRD, residual_BRO = torch.randn(2, 3, 96, dtype=weights), torch.randn(2, 3, 40, dtype=weights)
+    wanted_BRO, got_BRO = plain(x_BRD), product(x_BRD)
+    assert got_BRO.dtype == weights and got_BRO.shape == wanted_BRO.shape
+    off, size = (got_BRO - wanted_BRO).float().abs(), wanted_BRO.float().abs().max()
+    # a weight is off by up to half a step of 1 / 127 of its row's largest, or by 2^-9 of itself; sums of 96 average it
+    assert off.max() < (0.02 if dtype == INT8 else 0.01) * size
+    if dtype != str(weights).removeprefix("torch."):
+        assert product.names == [dtype] * len(ROWS) and set(product.kept) == {dtype}
+        assert off.max() > 0, "other weights round otherwise"
+    torch.testing.assert_close(product.plus(x_BRD, residual_BRO), residual_BRO + got_BRO)
+
+
+@packable
+def test_a_narrow_kernel_that_is_wrong_here_is_not_used(monkeypatch):
+    honest = PackedLinear.run
+    monkeypatch.setattr(PackedLinear, "run", lambda self, kernel, x: honest(self, kernel, x) * (1 + (kernel == INT8)))
+    with pytest.warns(UserWarning, match="int8.*not used"):
+        product = fast_view(nn.Sequential(nn.Linear(32, 40)), INT8)[0]
+    assert product.names == [PLAIN] * len(ROWS)
+
+
+@packable
+def test_weights_that_are_too_coarse_in_int8_are_drafted_with_in_others(monkeypatch):
+    taking(monkeypatch, {PLAIN: [4.0] * 8, PACKED: [3.0] * 8, HALF: FLAT, INT8: FLAT})
+    fusion = nn.Linear(64, 32, bias=False)
+    with torch.no_grad():
+        fusion.weight.mul_(0.05)
+        fusion.weight[:, 25] = 3.0  # steps of int8 are larger than all others; the probe hardly sees it
+    with pytest.warns(UserWarning, match="int8.*not used"):
+        product = fast_view(nn.Sequential(fusion), INT8)[0]
+    assert product.names == [HALF] * len(ROWS)

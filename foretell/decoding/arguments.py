@@ -33,6 +33,7 @@ class Plan:
     policy: str
     threshold: float | None
     drawn: bool
+    draft_dtype: str
     generator: torch.Generator | None
     slots: int
 
@@ -46,6 +47,7 @@ class Plan:
         confidence_threshold: float | None = None,
         drafter: str | Drafter | Sequence[Drafter] = "mtp",
         draft_sample_method: str = "greedy",
+        draft_dtype: str = "auto",
         draft_tree: Sequence[Sequence[int]] | None = None,
         draft_layout: str | None = None,
         generator: torch.Generator | None = None,
@@ -86,6 +88,16 @@ class Plan:
             raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
         if draft_sample_method not in ("greedy", "probabilistic"):
             raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
+        own_dtype = str(next(module.parameters(), mtp.target.head.weight).dtype).removeprefix("torch.")
+        on_cpu = mtp.device.type == "cpu" and own_dtype in ("float32", "bfloat16")
+        possible = ["auto", own_dtype, *(("bfloat16", "int8") if on_cpu else ())]
+        if draft_dtype not in possible:
+            raise ValueError(
+                f"draft_dtype: got {draft_dtype!r} for a module of {own_dtype} on {mtp.device.type}, wanted one of "
+                f"{', '.join(dict.fromkeys(possible))}."
+            )
+        if draft_dtype == "auto" and policy in SPANS:  # what the module says is the text
+            draft_dtype = own_dtype
         tree = None if draft_tree is None else check_tree(draft_tree, depth)
         fixed = length not in (0, "auto") and draft_sample_method == "greedy"
         if tree is not None and not (module.guesses_trees and by_name and fixed):
@@ -106,6 +118,7 @@ class Plan:
             policy=policy,
             threshold=threshold,
             drawn=draft_sample_method == "probabilistic",
+            draft_dtype=draft_dtype,
             generator=generator,
             slots=slots,
         )
@@ -119,7 +132,7 @@ class Plan:
         drafter = self.drafter
         if isinstance(drafter, str):
             names = sorted(drafter.split("+"), key=lambda name: name != "lookup")  # what costs nothing proposes first
-            own: Any = mtp.drafter(space, warp is not None) if "mtp" in names else None
+            own: Any = mtp.drafter(space, warp is not None, self.draft_dtype) if "mtp" in names else None
             if own is not None:
                 own.warp = warp
             if own is not None and mtp.module.guesses_trees:

@@ -189,7 +189,8 @@ class Run:
                 steps_BR, R, valid_rows_B = self._tensor(steps), len(parents[0]), None
             parents_BR = self._tensor(parents)
             position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
-        visible = max(s.cached for s in active) + R
+        lengths = {s.cached for s in active}
+        visible, start = max(lengths) + R, lengths.pop() if len(lengths) == 1 and valid_rows_B is None else None
         self.cache.reserve(len(active), visible)
         rows = self._forward(
             active,
@@ -199,7 +200,8 @@ class Run:
             parents_BR=parents_BR,
             valid_rows_B=valid_rows_B,
             visible=visible,
-            full=R == 1 and len({s.cached for s in active}) == 1,
+            full=R == 1 and start is not None,
+            start=start,
             steps_BR=steps_BR,
         )
         rows.blocks = blocks

@@ -46,7 +46,7 @@ def verify_greedy(draft: Draft, argmax: Sequence[int]) -> Verdict:
 def verify(
     drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None = None, policy: str = "lossless"
 ) -> list[Verdict]:
-    """Decide which drafts of each sequence stay. The device is read once or twice, however many sequences there are.
+    """Decide which drafts of each sequence stay. Under "lossless" the device is read once, for all sequences.
 
     Args:
         drafts: proposed tokens, a tree a sequence. Where draft.probs holds a row, that token must have been SAMPLED
@@ -112,13 +112,13 @@ def _verify_drawn(drafts: Sequence[Draft], probs_BRV: Tensor, uniform_BR: Tensor
         # 2: reached and kept, 1: reached
         kept_NB.append(reached_B.long() + kept_B.long())
     # a leaf, or all children refused: p is what they have left over
-    told = torch.stack([take(p_BV, uniform_B), *kept_NB], dim=1).tolist()
-    shares = torch.stack(share_NB, dim=1).tolist()
+    told = torch.stack([x_B.double() for x_B in (take(p_BV, uniform_B), *kept_NB, *share_NB)], dim=1).tolist()
     verdicts = []
-    for draft, (token, *fates), shares_N in zip(drafts, told, shares, strict=True):
+    for draft, (token, *rest) in zip(drafts, told, strict=True):
+        fates, shares_N = rest[:most], rest[most:]
         reached = [i for i, fate in enumerate(fates) if fate]
         drawn_shares = {i: shares_N[i] for i in reached if draft.drawn(i)}
-        verdicts.append(Verdict([i for i in reached if fates[i] == 2], token, drawn_shares))
+        verdicts.append(Verdict([i for i in reached if fates[i] == 2], int(token), drawn_shares))
     return verdicts
 
 

@@ -26,17 +26,18 @@ class Workspace:
     def __init__(self) -> None:
         self.cache = SlotCache()
         self.adaptive: dict[Any, AdaptiveLength] = {}
-        self._packed: ModuleDrafter | None = None
-        self._drafter: ModuleDrafter | None = None
+        self._drafters: dict[str, tuple[ModuleDrafter, ModuleDrafter]] = {}
 
-    def drafter(self, packed: ModuleDrafter, sample: bool) -> ModuleDrafter:
+    def drafter(self, packed: ModuleDrafter, sample: bool, dtype: str) -> ModuleDrafter:
         """A drafter with storage of this workspace over the weights of `packed`."""
-        if self._drafter is None or self._packed is not packed:
-            if self._packed is not None:
+        of, drafter = self._drafters.get(dtype, (None, None))
+        if drafter is None or of is not packed:
+            if of is not None:
                 self.adaptive.clear()  # what was learned is about the old weights
-            self._packed, self._drafter = packed, packed.another(sample)
-        self._drafter.sample = sample
-        return self._drafter
+            drafter = packed.another(sample)
+            self._drafters[dtype] = packed, drafter
+        drafter.sample = sample
+        return drafter
 
     def decoder(
         self, target: Target, drafter: Drafter | None, policy: str = "lossless", watchers: Sequence[Watcher] = ()
@@ -53,7 +54,7 @@ class Workspaces:
         self.lock = threading.RLock()
         self._free: list[Workspace] = []
         self._leased: set[int] = set()
-        self._packed: tuple[Any, ModuleDrafter] | None = None
+        self._packed: dict[str, tuple[Any, ModuleDrafter]] = {}
 
     def __reduce__(self) -> Any:
         return Workspaces, ()  # copies share no state
@@ -75,14 +76,15 @@ class Workspaces:
                 self._leased.remove(id(space))
                 self._free.append(space)
 
-    def packed(self, version: Any, make: Callable[[], ModuleDrafter]) -> ModuleDrafter:
+    def packed(self, dtype: str, version: Any, make: Callable[[], ModuleDrafter]) -> ModuleDrafter:
         """A drafter whose weights others share, made anew where the version is another."""
         with self.lock:
-            if self._packed is None or self._packed[0] != version:
-                self._packed = (version, make())
-            return self._packed[1]
+            if dtype not in self._packed or self._packed[dtype][0] != version:
+                self._packed.pop(dtype, None)
+                self._packed[dtype] = (version, make())
+            return self._packed[dtype][1]
 
     def release(self) -> None:
         """Keep nothing; what is leased now is not kept when it comes back."""
         with self.lock:
-            self._free, self._leased, self._packed = [], set(), None
+            self._free, self._leased, self._packed = [], set(), {}

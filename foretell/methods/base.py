@@ -209,9 +209,10 @@ class MTPModule(nn.Module):
             bias = None if bias is None else bias.index_select(0, self.draft_vocab_ids)
         return weight, bias
 
-    def draft_head(self, target: Target) -> nn.Module:
-        """target_head for decoding: packed, its rows gathered once."""
-        if self.draft_vocab_ids is None:
+    def draft_head(self, target: Target, dtype: str) -> nn.Module:
+        """target_head for decoding, in this draft_dtype: packed, its rows gathered once."""
+        own = type(target.head) is not nn.Linear or dtype == str(target.head.weight.dtype).removeprefix("torch.")
+        if self.draft_vocab_ids is None and own:
             return target.view().get_output_embeddings()
         weight, bias = self.target_head(target, detach=True)
         shape = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
@@ -219,7 +220,7 @@ class MTPModule(nn.Module):
         small.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             small.bias = nn.Parameter(bias, requires_grad=False)
-        return fast_view(nn.Sequential(small))[0]
+        return fast_view(nn.Sequential(small), dtype)[0]
 
     def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The output head of a depth (1-based), as target_head; by default the target's own."""

@@ -23,6 +23,7 @@ from foretell.ops.sampling import draw, over_vocabulary
 from foretell.types import Draft, ModuleDrafter, SequenceState, Warp, Worth
 
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
+Picked = tuple[int, Tensor, Tensor, Tensor | None]  # depth, tokens and their probabilities, what they are drawn from
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
 
 
@@ -60,8 +61,9 @@ def begin_rows(
     lengths_B, visible = torch.tensor(starts, device=device), max(starts) + R
     valid_rows_B = None if min(counts) == R else torch.tensor(counts, device=device)
     valid_BR = None if valid_rows_B is None else torch.arange(R, device=device) < valid_rows_B[:, None]
-    cache.begin(slot, lengths_B, valid_BR, R, visible)
-    masks.begin(lengths_B, visible, R, valid_rows_B=valid_rows_B, full=R == 1 and len(starts) == 1)
+    start = starts[0] if valid_rows_B is None and min(starts) == max(starts) else None
+    cache.begin(slot, lengths_B, valid_BR, R, visible, start)
+    masks.begin(lengths_B, visible, R, valid_rows_B=valid_rows_B, full=R == 1 and start is not None, start=start)
     return lengths_B[:, None] + torch.arange(R, device=device)
 
 
@@ -106,11 +108,16 @@ class OwnDrafter(ModuleDrafter):
 
 
 class ChainDrafter(OwnDrafter, ABC):
-    """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now)."""
+    """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now).
 
-    def __init__(self, module: MTPModule, target: Target) -> None:
+    on_device: the next depth finds what was drafted by itself, so that the host need not read it in between.
+    """
+
+    on_device = False
+
+    def __init__(self, module: MTPModule, target: Target, dtype: str) -> None:
         super().__init__(module, target)
-        self._head = module.draft_head(target)
+        self._head = module.draft_head(target, dtype)
 
     def span_logits(
         self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
@@ -138,24 +145,45 @@ class ChainDrafter(OwnDrafter, ABC):
             min(length - len(draft), self._limit(s)) if length else 0
             for s, length, draft in zip(sequences, lengths, drafts, strict=True)
         ]
+        picked: list[Picked] = []
         for k in range(1, max(wanted, default=0) + 1):
             for b, draft in enumerate(drafts):
                 if wanted[b] >= k and worth is not None and not worth(self.name, b, draft):
                     wanted[b] = k - 1
             if max(wanted) < k:
                 break
-            logits_BM = self._step(sequences, drafts, k, wanted)
-            probs_BV = None
-            if self.sample:
-                probs_BV = self.proposals(logits_BM)
-                tokens_B = draw(probs_BV, self.generator)
-                confidence_B = probs_BV.gather(1, tokens_B[:, None])[:, 0]
-            else:
-                confidence_B, tokens_B = probabilities(logits_BM).max(dim=-1)
-                ids = self.module.draft_vocab_ids
-                tokens_B = tokens_B if ids is None else ids[tokens_B]
-            for b, (token, confidence) in enumerate(zip(tokens_B.tolist(), confidence_B.tolist(), strict=True)):
-                if wanted[b] >= k:
-                    row_V = None if probs_BV is None else probs_BV[b]
-                    drafts[b].add(token, len(drafts[b]) - 1, confidence, self.name, row_V)
+            tokens_B, sure_B, probs_BV = self._pick(self._step(sequences, drafts, k, wanted))
+            picked.append((k, tokens_B, sure_B, probs_BV))
+            if self.on_device:
+                self._hold(sequences, k, tokens_B)
+            if worth is not None or not self.on_device:
+                self._read(picked, drafts, wanted)
+        self._read(picked, drafts, wanted)
         return drafts
+
+    def _pick(self, logits_BM: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B] tokens, their probabilities and, where they are drawn, what they are drawn from [B, V]."""
+        if not self.sample:
+            sure_B, tokens_B = probabilities(logits_BM).max(dim=-1)
+            ids = self.module.draft_vocab_ids
+            return tokens_B if ids is None else ids[tokens_B], sure_B, None
+        probs_BV = self.proposals(logits_BM)
+        tokens_B = draw(probs_BV, self.generator)
+        return tokens_B, probs_BV.gather(1, tokens_B[:, None])[:, 0], probs_BV
+
+    def _read(
+        self, picked: list[tuple[int, Tensor, Tensor, Tensor | None]], drafts: list[Draft], wanted: list[int]
+    ) -> None:
+        """Move what was picked into the drafts: one read of the device, however many depths there are."""
+        if not picked:
+            return
+        columns = [x_B.double() for _, tokens_B, sure_B, _ in picked for x_B in (tokens_B, sure_B)]
+        for b, row in enumerate(torch.stack(columns, dim=1).tolist()):
+            for i, (k, _, _, probs_BV) in enumerate(picked):
+                if wanted[b] >= k:
+                    probs_V = None if probs_BV is None else probs_BV[b]
+                    drafts[b].add(int(row[2 * i]), len(drafts[b]) - 1, row[2 * i + 1], self.name, probs_V)
+        picked.clear()
+
+    def _hold(self, sequences: Sequence[SequenceState], k: int, tokens_B: Tensor) -> None:
+        """Keep the tokens of depth k where the next depth finds them."""

@@ -171,9 +171,9 @@ class HeadsModule(MTPModule):
         output = self.heads[depth - 1].output
         return output.weight, output.bias
 
-    def drafter(self, target: Target) -> HeadsDrafter:
-        """A drafter over the heads' current weights."""
-        return HeadsDrafter(self, target)
+    def drafter(self, target: Target, dtype: str = "auto") -> HeadsDrafter:
+        """A drafter over the heads' current weights; dtype: see generate's draft_dtype."""
+        return HeadsDrafter(self, target, dtype)
 
 
 class HeadsDrafter(OwnDrafter):
@@ -182,16 +182,16 @@ class HeadsDrafter(OwnDrafter):
     Heads that look back keep keys and values of their own (mha_ffn, layer) or read the few states before (cnn).
     """
 
-    def __init__(self, module: HeadsModule, target: Target) -> None:
+    def __init__(self, module: HeadsModule, target: Target, dtype: str) -> None:
         super().__init__(module, target)
         self.tree: list[tuple[int, ...]] | None = None  # guesses by rank (decoding/trees.py); None is a chain
         # heads that look back a little need the newest states only: a ring a slot
         reach = module.heads[0].body.reach
         self._ring = None if reach is None else reach + 1
-        self._view = fast_view(module)
+        self._view = fast_view(module, dtype)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
-        self._head = module.draft_head(target) if module.shared else None
+        self._head = module.draft_head(target, dtype) if module.shared else None
 
     def _renew(self) -> None:
         self._states = SlotStorage()

@@ -448,9 +448,9 @@ class MaskedModule(MTPModule):
                 continue
             yield self.sampler(self.embedded_ahead(target, batch, k, detach), states_BTKD[:, :, k - 1])
 
-    def drafter(self, target: Target) -> MaskedDrafter:
-        """A drafter over the module's current weights."""
-        return MaskedDrafter(self, self.sampler, target)
+    def drafter(self, target: Target, dtype: str = "auto") -> MaskedDrafter:
+        """A drafter over the module's current weights; dtype: see generate's draft_dtype."""
+        return MaskedDrafter(self, self.sampler, target, dtype)
 
 
 def _by_group(hidden_ND: Tensor, weight_MD: Tensor, group_N: Tensor, groups: int, **what: Any) -> LossSum:

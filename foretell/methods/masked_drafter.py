@@ -34,11 +34,11 @@ Layout = Literal["linear", "quadratic", "auto", "two_pass"]
 class MaskedDrafter(ChainDrafter):
     """A chain a sequence: the sampler reads mask after mask, each with the token drafted before it."""
 
-    def __init__(self, module: MTPModule, sampler: nn.Module | None, target: Target) -> None:
-        super().__init__(module, target)
+    def __init__(self, module: MTPModule, sampler: nn.Module | None, target: Target, dtype: str) -> None:
+        super().__init__(module, target, dtype)
         self.layout: Layout = "quadratic"
         self.masks = module.config.depth  # K of each block
-        self._sampler = None if sampler is None else fast_view(sampler)
+        self._sampler = None if sampler is None else fast_view(sampler, dtype)
 
     def _renew(self) -> None:
         self._states: list[Tensor | None] = []  # of each slot: the masks below its last token

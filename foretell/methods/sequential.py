@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,13 @@ from foretell.methods.chain import FEW_ROWS, ChainDrafter, begin_rows, reading_p
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
-from foretell.models.slot_cache import SlotCache, SlotStorage
+from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.tree import forest
-from foretell.types import Batch, Draft, SequenceState
+from foretell.types import Batch, Draft, SequenceState, Worth
 
 LONGEST_SHARED = 16
+STATE, TOKENS = "state", "tokens"  # beside keys and values: h^k of each depth, and the texts themselves
 
 
 @dataclass(kw_only=True)
@@ -118,9 +119,9 @@ class SequentialModule(MTPModule):
             chain.append(self.guess(target, states[-1], k))
         return torch.stack(chain[:-1], dim=-1), states
 
-    def drafter(self, target: Target) -> SequentialDrafter:
-        """A drafter over the module's current weights."""
-        return SequentialDrafter(self, target)
+    def drafter(self, target: Target, dtype: str = "auto") -> SequentialDrafter:
+        """A drafter over the module's current weights; dtype: see generate's draft_dtype."""
+        return SequentialDrafter(self, target, dtype)
 
 
 class SequentialDrafter(ChainDrafter):
@@ -131,92 +132,125 @@ class SequentialDrafter(ChainDrafter):
     """
 
     module: SequentialModule
+    on_device = True
 
-    def __init__(self, module: SequentialModule, target: Target) -> None:
-        super().__init__(module, target)
-        self._view = fast_view(module)
+    def __init__(self, module: SequentialModule, target: Target, dtype: str) -> None:
+        super().__init__(module, target, dtype)
+        self._view = fast_view(module, dtype)
         self._masks = RowMasks()
         self._masks.hang_on(self._view)
 
     def _renew(self) -> None:
-        self._states = SlotStorage()  # h^0, h^1, ... of every position of every slot
-        self._caches: list[SlotCache] = []  # of each depth
+        self._cache = SlotCache()  # of each depth, and beside it the states h^k that it gives, and the tokens
 
     def open(self, slots: int, capacity: int) -> None:
         """See Watcher."""
-        for storage in (self._states, *self._caches):
-            storage.open()
-        self._done = [[0] * slots for _ in self._caches]
-        self._slots = slots
+        self._cache.open()
+        self._told = [0] * slots  # leading tokens that are kept on the device
+        self._done = [[0] * slots for _ in range(self.module.longest_draft)]
+        self._angles: dict[str | None, tuple[Tensor, ...]] = {}
 
     def start(self, slot: int) -> None:
         """See Watcher."""
-        for cache, done in zip(self._caches, self._done, strict=True):
-            cache.clear(slot)
+        self._cache.clear(slot)
+        for done in (self._told, *self._done):
             done[slot] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See Watcher."""
+        self._cache.move(source, target, length)
+        for done in (self._told, *self._done):
+            done[target] = done[source]
 
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
         """See Watcher."""
         hidden_BRD = self.module.source(rows)
-        self._states.reserve(max(s.slot for s in sequences) + 1, max(s.cached for s in sequences))
+        self._reserve(sequences)
         at, picked = [], []
         for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
-            start = sequence.slot * self._states.capacity + sequence.cached - len(path)
-            at.extend(range(start, start + len(path)))
+            at.append((sequence.slot, sequence.cached - len(path), len(path)))
             picked.extend(b * hidden_BRD.shape[1] + row for row in path)
         flat_ND = hidden_BRD.reshape(-1, hidden_BRD.shape[2])
-        if picked != list(range(flat_ND.shape[0])):
-            flat_ND = flat_ND[torch.tensor(picked, device=flat_ND.device)]
-        self._states.parts(0, [hidden_BRD])[0].index_copy_(0, torch.tensor(at, device=flat_ND.device), flat_ND)
+        in_a_row = picked[-1] - picked[0] == len(picked) - 1
+        self._cache.fill((STATE, 0), at, flat_ND[picked[0] : picked[-1] + 1] if in_a_row else flat_ND[picked])
+
+    def _reserve(self, sequences: Sequence[SequenceState]) -> None:
+        """Room for these, and for what is drafted behind them."""
+        longest = max(len(s.tokens) for s in sequences) + self.module.longest_draft
+        self._cache.reserve(max(s.slot for s in sequences) + 1, longest)
 
     def _limit(self, sequence: SequenceState) -> int:
         # with a prompt of one token there is no state to read yet
         return self.module.longest_draft if sequence.cached else 0
 
+    def _begin(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None) -> list[Draft]:
+        drafts = super()._begin(sequences, lengths, worth)
+        if any(lengths):
+            self._tell(sequences, drafts)
+        return drafts
+
+    def span_logits(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
+    ) -> Tensor:
+        """See ModuleDrafter."""
+        self._tell(sequences, drafts)
+        return super().span_logits(sequences, drafts, k, asked, rows)
+
+    def _tell(self, sequences: Sequence[SequenceState], drafts: list[Draft]) -> None:
+        """Keep tokens on the device: what is new of these texts and of drafts behind them."""
+        self._reserve(sequences)
+        at, new = [], []
+        for s, draft in zip(sequences, drafts, strict=True):
+            fresh = s.tokens[self._told[s.slot] :] + draft.tokens
+            at.append((s.slot, self._told[s.slot], len(fresh)))
+            new.extend(fresh)
+            self._told[s.slot] = len(s.tokens)
+        self._cache.fill(TOKENS, at, torch.tensor(new, dtype=torch.long, device=self.target.device))
+
+    def _hold(self, sequences: Sequence[SequenceState], k: int, tokens_B: Tensor) -> None:
+        """See ChainDrafter."""
+        self._cache.fill(TOKENS, [(s.slot, s.cached + k, 1) for s in sequences], tokens_B)
+
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""
-        longest = max(s.cached for s in sequences)
-        if len(self._caches) < k:
-            self._caches.append(SlotCache())
-            self._done.append([0] * self._slots)
-        self._caches[k - 1].reserve(len(sequences), longest)
-        done = [self._done[k - 1][s.slot] for s in sequences]
+        done, longest = [self._done[k - 1][s.slot] for s in sequences], max(s.cached for s in sequences)
         counts = [s.cached - done[b] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
-        newest_BD = self._states.held(0)[0].new_zeros(len(counts), self.target.hidden_size)
+        newest_BD = self._cache.held((STATE, 0))[0].new_zeros(len(sequences), self.target.hidden_size)
         for part, starts, rows in reading_plan(counts, done, longest + FEW_ROWS):
-            newest_BD[part] = self._forward(sequences[part], drafts[part], k, starts, rows)
+            newest_BD[part] = self._forward(sequences[part], k, starts, rows)
         return self.target.scaled(self._head(newest_BD))
 
-    def _forward(
-        self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, starts: list[int], counts: list[int]
-    ) -> Tensor:
+    def _forward(self, sequences: Sequence[SequenceState], k: int, starts: list[int], counts: list[int]) -> Tensor:
         """[B, D] of the last of these rows at depth k: counts[b] of sequence b from starts[b] on."""
-        done, C, device = self._done[k - 1], self._states.capacity, self.target.device
-        R, spare = max(counts), self._states.size
-        ids, at = [], []
-        for sequence, draft, start, count in zip(sequences, drafts, starts, counts, strict=True):
-            row_ids = (sequence.tokens + draft.tokens)[start + k : start + k + count]  # the newest rows read drafts
-            ids.append(row_ids + [0] * (R - count))
-            first = sequence.slot * C + start
-            at.append([*range(first, first + count), *[spare] * (R - count)])
-            done[sequence.slot] = max(done[sequence.slot], min(start + count, sequence.cached - k + 1))
-        at_N = torch.tensor(at, device=device).reshape(-1)
-        hidden_BRD = self._states.held(k - 1)[0][at_N].view(len(sequences), R, -1)
-        cache = self._caches[k - 1]
+        done, cache, device = self._done[k - 1], self._cache, self.target.device
+        for s, start, count in zip(sequences, starts, counts, strict=True):
+            done[s.slot] = max(done[s.slot], min(start + count, s.cached - k + 1))  # later ones read drafts
         positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
+        hidden_BRD = cache.rows((STATE, k - 1))
         block = self._view.block(k)
-        read_as = [s.read_as for s in sequences]
-        places = self.target.position_embeddings(hidden_BRD, positions_BR, block.layer_type, read_as)
-        embedding_BRD = self.target.embed(torch.tensor(ids, device=device))
+        cache.tower = k
+        places = self._places(hidden_BRD, positions_BR, block.layer_type, starts, [s.read_as for s in sequences])
+        embedding_BRD = self.target.embed(cache.rows(TOKENS, ahead=k))
         state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
-        (chained_ND,) = self._states.parts(k, [chained_BRD])
-        chained_ND.index_copy_(0, at_N, chained_BRD.reshape(-1, chained_BRD.shape[2]))
+        if k < self.module.longest_draft:
+            cache.put((STATE, k), chained_BRD)
         self.calls += 1
-        return state_BRD[torch.arange(len(counts)), [max(count, 1) - 1 for count in counts]]
+        if min(counts) == max(counts):
+            return state_BRD[:, -1]
+        last_B = torch.tensor(counts, device=device).clamp_(min=1) - 1
+        return state_BRD[torch.arange(len(counts), device=device), last_B]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """See Watcher."""
-        self._states.move(source, target, length)
-        for cache, done in zip(self._caches, self._done, strict=True):
-            cache.move(source, target, length)
-            done[target] = done[source]
+    def _places(self, like_BRD: Tensor, positions_BR: Tensor, kind: str | None, starts: list[int], read_as: Any) -> Any:
+        """Rotary angles of these rows, read from a table that a run makes once where they depend on positions alone."""
+        last = max(starts) + positions_BR.shape[1]
+        table = () if self.target.turns_by_length else self._angles.get(kind)
+        if table is None or (table and table[0].shape[1] < last):
+            places_1L = torch.arange(2 * last, device=like_BRD.device)[None]
+            made = self.target.position_embeddings(like_BRD[:1, :1], places_1L, kind)
+            plain = isinstance(made, tuple) and all(x.dim() == 3 and x.shape[:2] == places_1L.shape for x in made)
+            table = self._angles[kind] = made if plain else ()
+        if not table:
+            return self.target.position_embeddings(like_BRD, positions_BR, kind, read_as)
+        if len(starts) == 1:
+            return tuple(angle_1LE[:, starts[0] : last] for angle_1LE in table)
+        return tuple(angle_1LE[0][positions_BR] for angle_1LE in table)

@@ -23,6 +23,7 @@ from foretell.models.live import OfThread
 from foretell.ops.tree import chain_mask, depths, document_mask, positions, row_mask
 
 NAME = "foretell"
+_BAND_ROWS = 16  # up to so many, masks of chains are kept
 _LONG = 512  # columns, from which on it pays to look which of them are hidden from all rows
 
 
@@ -34,6 +35,7 @@ class RowMasks(OfThread):
         self.parents_BR: Tensor | None = None
         self.full = False
         self._made: dict[object, Tensor | None] = {}
+        self._bands: dict[object, Tensor] = {}
 
     def begin(
         self,
@@ -44,16 +46,21 @@ class RowMasks(OfThread):
         parents_BR: Tensor | None = None,
         valid_rows_B: Tensor | None = None,
         full: bool = False,
+        start: int | None = None,
     ) -> None:
-        """parents_BR None is a chain of valid_rows_B rows; full says that every row sees every column (no mask)."""
+        """parents_BR None is a chain of valid_rows_B rows; full says that every row sees every column (no mask). start:
+        the length of all sequences, if that is one and no row is padding.
+        """
         self.lengths_B, self.visible, self.rows = lengths_B, visible, rows
         self.parents_BR, self.valid_rows_B, self.full = parents_BR, valid_rows_B, full
         self.document_BT = None
         self._made = {}
+        alike = start is not None and parents_BR is None and valid_rows_B is None and start + rows == visible
+        self._is_band = alike and rows <= _BAND_ROWS
 
     def begin_text(self, document_BT: Tensor) -> None:
         """Whole rows of packed text and no cache: training, and teacher-forced analysis."""
-        self.document_BT, self.full = document_BT, False
+        self.document_BT, self.full, self._is_band = document_BT, False, False
         self._made = {}
 
     def hang_on(self, module: nn.Module) -> None:
@@ -68,6 +75,8 @@ class RowMasks(OfThread):
         """
         if self.full and (window is None or self.visible <= window):
             return None
+        if self._is_band and window is None:
+            return self._band(groups, additive)[..., -self.visible :].expand(len(self.lengths_B), -1, -1, -1)
         key = (window, groups, additive)
         if key not in self._made:
             if self.document_BT is not None:
@@ -78,6 +87,16 @@ class RowMasks(OfThread):
                 mask_BRL = row_mask(self.parents_BR, self.lengths_B, self.visible, window=window)
             self._made[key] = _widened(mask_BRL[:, None], groups, additive)
         return self._made[key]
+
+    def _band(self, groups: int, additive: torch.dtype | None) -> Tensor:
+        """[1, 1, G * R, W] the end of what a chain of R rows sees of any longer past: made once for many steps."""
+        key = (self.rows, groups, additive, self.lengths_B.device)
+        if key not in self._bands or self._bands[key].shape[-1] < self.visible:
+            with torch.inference_mode(False):
+                width = 2 * self.visible
+                past_B = torch.full_like(self.lengths_B[:1], width - self.rows)
+                self._bands[key] = _widened(chain_mask(self.rows, past_B, width)[:, None], groups, additive)
+        return self._bands[key]
 
     @contextmanager
     def asked(self) -> Iterator[None]:

@@ -208,10 +208,13 @@ class Copy:
     what it stands for has changed.
 
     gated: adapters of mask rows, which every linear that has one then knows, and the path that theirs are below.
+    draft_dtype: of what only drafts; None is the module's own.
     """
 
-    def __init__(self, module: nn.Module, gated: tuple[GatedAdapters, str] | None = None) -> None:
-        self.module, self.gated = module, gated
+    def __init__(
+        self, module: nn.Module, gated: tuple[GatedAdapters, str] | None = None, draft_dtype: str | None = None
+    ) -> None:
+        self.module, self.gated, self.draft_dtype = module, gated, draft_dtype
         self.rotation = Rotation()
         self.plain: dict[Any, Any] = {}  # structures whose fast parts were found to differ, and how
         self.packs: bool | None = None  # decided once: what others do with the memory later changes nothing
@@ -254,6 +257,9 @@ class Copy:
             on_cpu = all(p.device.type == "cpu" for p in self.module.parameters())
             self.packs = on_cpu and _can_pack(self.module)
         self.tree = attending_copy(self.module, lambda path, part: self._stand_in(path, part, old, fast))
+        for part in self.tree.modules() if self.draft_dtype is not None else ():
+            if isinstance(part, PackedLinear):
+                part.for_drafts(self.draft_dtype)
         settle(self.tree)
         self.key = self.look()
         return True
@@ -292,9 +298,9 @@ class Copy:
         return (*signature(part), digest(part.parameters()))
 
 
-def fast_view(module: nn.Module) -> nn.Module:
+def fast_view(module: nn.Module, draft_dtype: str | None = None) -> nn.Module:
     """A fast copy of a module as it is now."""
-    copy = Copy(module)
+    copy = Copy(module, draft_dtype=draft_dtype)
     copy.refresh()
     assert copy.tree is not None
     return copy.tree

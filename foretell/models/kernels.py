@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ _known: dict[Path, dict[str, dict[str, Any]]] = {}
 class Measured(nn.Module):
     """A product that several kernels can compute. Plain until `settle`.
 
-    kernels: beside PyTorch's own way, `PLAIN`. Each may need something of its own, made by `prepare`.
+    kernels: beside PyTorch's own way, `PLAIN`. Each may need something of its own, made by `prepare`. most: of them
+    that may be kept at once, since each keeps a copy of the weight.
     """
+
+    most = 1
 
     def __init__(self, key: str, width: int, weights: Sequence[Tensor], kernels: Sequence[str]) -> None:
         super().__init__()
@@ -68,6 +72,10 @@ class Measured(nn.Module):
         """[..., width] -> [..., out]."""
         raise NotImplementedError
 
+    def near(self, kernel: str) -> float:
+        """How far a kernel's numbers may be from the plain ones, as a share."""
+        return 1e-4 if self.like.dtype == torch.float32 else 2e-2
+
     def keep(self, kernel: str) -> bool:
         """Make a kernel ready, unless this machine has none, or one that computes something else."""
         probe_ND = torch.linspace(-2, 3, self.width, device=self.like.device).sin()[None].to(self.like.dtype)
@@ -77,7 +85,7 @@ class Measured(nn.Module):
         except (RuntimeError, AttributeError):  # an operation that this build of torch has not
             self.kept.pop(kernel, None)
             return False
-        near = 1e-4 if self.like.dtype == torch.float32 else 2e-2
+        near = self.near(kernel)
         near_zero = near * float(wanted.nan_to_num().abs().max())  # weights may be no numbers: so are the products
         if torch.allclose(got, wanted, rtol=near, atol=near_zero, equal_nan=True):
             return True
@@ -108,7 +116,7 @@ def settle(root: nn.Module) -> None:
     def right(key: str, table: Any) -> bool:
         names = [PLAIN, *groups[key][0].kernels]
         is_table = isinstance(table, list) and len(table) == len(ROWS)
-        return is_table and all(name in names for name in table) and len({*table, PLAIN}) <= 2
+        return is_table and all(name in names for name in table) and len({*table} - {PLAIN}) <= groups[key][0].most
 
     tables = remembered("kernels", groups, right, lambda keys: measure({key: groups[key] for key in keys}))
     for key, members in groups.items():
@@ -131,7 +139,7 @@ def measure(groups: dict[str, list[Measured]]) -> dict[str, list[str]]:
     least: dict[tuple[str, str], list[float]] = {}
     for again in range(1 + _PASSES):
         for i, rows in enumerate(ROWS):
-            for kernel in sorted({PLAIN}.union(*(part.kernels for part in parts))):
+            for kernel in dict.fromkeys((PLAIN, *(name for part in parts for name in part.kernels))):
                 for part in parts:
                     if kernel == PLAIN or kernel in part.kernels:
                         taken = seconds_of(part, kernel, part.like.new_ones(rows, part.width))
@@ -139,7 +147,10 @@ def measure(groups: dict[str, list[Measured]]) -> dict[str, list[str]]:
                         times[i] = min(times[i], taken) if again else times[i]
         if again and time.perf_counter() > end:
             break
-    return {key: choose({name: times for (of, name), times in least.items() if of == key}) for key in groups}
+    return {
+        key: choose({name: times for (of, name), times in least.items() if of == key}, members[0].most)
+        for key, members in groups.items()
+    }
 
 
 def seconds_of(part: Measured, kernel: str, x: Tensor) -> float:
@@ -149,22 +160,28 @@ def seconds_of(part: Measured, kernel: str, x: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def choose(seconds: dict[str, list[float]]) -> list[str]:
+def choose(seconds: dict[str, list[float]], most: int = 1) -> list[str]:
     """The kernel for each of ROWS. seconds: {kernel: its time at each of ROWS}.
 
-    One kernel at most beside the plain one, since each keeps a copy of the weight: that with the least time summed over
-    ROWS, in units of the least of all kernels. None at all where it hardly wins; within noise the one that is kept.
+    Beside the plain one those, at most so many, with the least time summed over ROWS, in units of the least of all
+    kernels. None, and no further one, where it hardly wins; within noise one that is kept.
     """
-    plain = seconds[PLAIN]
     unit = [min(times) for times in zip(*seconds.values(), strict=True)]
 
-    def total(kernel: str) -> float:
-        return sum(min(p, s) / u for p, s, u in zip(plain, seconds[kernel], unit, strict=True))
+    def total(kept: tuple[str, ...]) -> float:
+        return sum(min(seconds[name][i] for name in (PLAIN, *kept)) / least for i, least in enumerate(unit))
 
-    best = min(seconds, key=total)
-    if total(best) > (1 - _NOISE) * total(PLAIN):
-        return [PLAIN] * len(plain)
-    return [best if s <= (1 + _NOISE) * p else PLAIN for p, s in zip(plain, seconds[best], strict=True)]
+    best: tuple[str, ...] = ()
+    for count in range(1, most + 1):
+        found = min(combinations((name for name in seconds if name != PLAIN), count), key=total, default=())
+        if total(found) > (1 - _NOISE) * total(best):
+            break
+        best = found
+    table = []
+    for i, plain in enumerate(seconds[PLAIN]):
+        fastest = min(best, key=lambda name: seconds[name][i], default=PLAIN)
+        table.append(fastest if seconds[fastest][i] <= (1 + _NOISE) * plain else PLAIN)
+    return table
 
 
 # -- what was measured on this machine ---------------------------------------------------------------------------------

@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foretell.models.kernels import Measured
+from foretell.models.kernels import ROWS, Measured
 
 PACKED, TRANSPOSED, DOUBLED = "packed", "transposed", "doubled"
 PACKABLE = (torch.float32, torch.bfloat16)
+# of drafts, whose numbers no text depends on: weights in fewer bits than the module's own, rows of bf16
+HALF, INT8 = "bfloat16", "int8"
+DRAFT_DTYPES = ("auto", "float32", HALF, INT8)
+_SEVERAL_BYTES = 64 << 20  # of a weight: larger ones are copied once
 
 
 class PackedLinear(Measured):
@@ -45,12 +49,31 @@ class PackedLinear(Measured):
         """The linears as they are."""
         return cls([linear.weight for linear in linears], [linear.bias for linear in linears])
 
+    def for_drafts(self, dtype: str) -> None:
+        """Weights of `dtype`, or of whichever is fastest ("auto"); the module's own where nothing can be packed."""
+        own = str(self.like.dtype).removeprefix("torch.")
+        if not self.kernels or dtype == own:
+            return
+        if dtype != "auto":
+            self.take([dtype] * len(ROWS))
+            if self.kept:
+                return
+            self.settled = False  # too coarse for these weights: whatever is fastest of the others
+        kinds = (kind for kind in (HALF, INT8) if kind not in (own, dtype))
+        self.kernels = (PACKED, *kinds)
+        self.key = f"draft {self.key} by {' '.join(self.kernels)}"
+        self.most = 2 if sum(weight.nbytes for weight in self.weights) <= _SEVERAL_BYTES else 1
+
+    def near(self, kernel: str) -> float:
+        """See Measured."""
+        return {HALF: 2e-2, INT8: 6e-2}.get(kernel, super().near(kernel))
+
     def part(self, share: float) -> PackedLinear:
         """See Measured."""
         most = [max(1, int(len(weight) * share)) for weight in self.weights]
         biases = [None if b is None else b[:n] for b, n in zip(self._biases, most, strict=True)]
         part = PackedLinear([weight[:n] for weight, n in zip(self.weights, most, strict=True)], biases)
-        part.key = self.key
+        part.key, part.kernels = self.key, self.kernels
         return part
 
     def prepare(self, kernel: str) -> Tensor:
@@ -58,6 +81,12 @@ class PackedLinear(Measured):
         together = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
         if kernel == TRANSPOSED:
             return together.t().contiguous()
+        if kernel == INT8:
+            scale_O1 = together.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
+            self.scales_O = scale_O1[:, 0].bfloat16()
+            return (together / self.scales_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        if kernel == HALF:
+            together = together.bfloat16()
         return torch.ops.mkldnn._reorder_linear_weight(together, 16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,6 +101,14 @@ class PackedLinear(Measured):
             x_ND, weight_DO = x.reshape(-1, self.in_features), self.kept[TRANSPOSED]
             out = torch.mm(x_ND, weight_DO) if self.bias is None else torch.addmm(self.bias, x_ND, weight_DO)
             return out.view(*x.shape[:-1], self.out_features)
+        if kernel in (HALF, INT8):
+            x_ND = x.reshape(-1, self.in_features).to(torch.bfloat16)
+            if kernel == INT8:
+                out = torch._weight_int8pack_mm(x_ND, self.kept[INT8], self.scales_O)
+            else:
+                out = torch.ops.mkldnn._linear_pointwise.default(x_ND, self.kept[HALF], None, "none", [], "")
+            out = out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+            return out if self.bias is None else out + self.bias
         parts = [F.linear(x, weight, bias) for weight, bias in zip(self.weights, self._biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -256,6 +256,7 @@ class RowReader:
         valid_rows_B: Tensor | None = None,
         visible: int,
         full: bool = False,
+        start: int | None = None,
         steps_BR: Tensor | None = None,
         read_as: Sequence[int] | None = None,
     ) -> TargetRows:
@@ -263,6 +264,7 @@ class RowReader:
 
         parents_BR None: each sequence's rows are a chain of valid_rows_B rows (all of them if None). visible is the
         number of cache columns in use after this step. full: nothing is hidden from any row, so no mask is needed.
+        start: the length of all sequences, where that is one and no row is padding.
         steps_BR: 0 for tokens, j for mask j of a block: those read mask_rows' embedding j, through its adapters.
         read_as: how long each sequence's text was when the first of it was read; see TextLengths.of.
         """
@@ -284,7 +286,7 @@ class RowReader:
                 visible=visible,
             )
             return TargetRows(rows.post_norm_BRD[:B], rows.pre_norm_BRD[:B])
-        masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B, "full": full}
+        masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B, "full": full, "start": start}
         read = input_ids_BR
         if steps_BR is not None:
             assert self.mask_rows is not None, "only a masked module's target reads mask rows"
@@ -308,7 +310,7 @@ class RowReader:
         valid_BR = None
         if masks["valid_rows_B"] is not None:
             valid_BR = torch.arange(R, device=lengths_B.device) < masks["valid_rows_B"][:, None]
-        cache.begin(first, lengths_B, valid_BR, R, visible)
+        cache.begin(first, lengths_B, valid_BR, R, visible, masks.get("start"))
         self._masks.begin(lengths_B, visible, R, **masks)
         decoder = view.get_decoder()
         bare = self.mask_rows is None or self._now.bare

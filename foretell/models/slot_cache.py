@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,11 +21,18 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # what transformers calls a cache: from 5.24 on, before, and in layers of GPT-NeoX's time
+_TOWER = 1 << 16  # layers are fewer
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
     """What this forward of a model or layer calls the cache that it takes."""
+    return _named_by(forward.__func__) if inspect.ismethod(forward) else _named_by.__wrapped__(forward)
+
+
+@lru_cache(maxsize=64)
+def _named_by(forward: Callable[..., Any]) -> str:
+    """Remembered, since to look takes as long as a product."""
     known = inspect.signature(forward).parameters, BaseModelOutputWithPast.__dataclass_fields__
     return next(name for names in known for name in CACHE_NAMES if name in names)
 
@@ -42,9 +50,9 @@ class SlotStorage:
         self.slots, self.capacity = slots, capacity
         self.size = slots * capacity  # N
         self.layout = 0  # another number whenever rows have moved: who has recorded addresses records anew
-        self._storage: dict[int, list[Tensor]] = {}
+        self._storage: dict[Hashable, list[Tensor]] = {}
         self._used = 0  # columns that may hold something
-        self._unchecked: set[int] = set()  # parts of an earlier run
+        self._unchecked: set[Hashable] = set()  # parts of an earlier run
 
     def open(self) -> None:
         """A new run: nothing that is held is needed any more; its memory is."""
@@ -77,7 +85,7 @@ class SlotStorage:
     def _grid(self, flat: Tensor) -> Tensor:
         return flat[: self.slots * self.capacity].view(self.slots, self.capacity, *flat.shape[1:])
 
-    def parts(self, key: int, like: list[Tensor]) -> list[Tensor]:
+    def parts(self, key: Hashable, like: list[Tensor]) -> list[Tensor]:
         """The tensors of a key for rows such as `like` [B, R, *width]; made where there are none of this kind."""
         parts = self._storage.get(key)
         if parts is None or (key in self._unchecked and not self._fit(parts, like)):
@@ -87,7 +95,17 @@ class SlotStorage:
         self._unchecked.discard(key)
         return parts
 
-    def held(self, key: int) -> list[Tensor]:
+    def fill(self, key: Hashable, at: list[tuple[int, int, int]], rows: Tensor) -> None:
+        """Write [N, ...], as many for each (slot, first column, count) of `at`."""
+        (flat,), C = self.parts(key, [rows[None]]), self.capacity
+        if len(at) == 1:
+            first = at[0][0] * C + at[0][1]
+            flat[first : first + at[0][2]] = rows
+        else:
+            places = [slot * C + column + i for slot, column, count in at for i in range(count)]
+            flat.index_copy_(0, torch.tensor(places, dtype=torch.long, device=flat.device), rows)
+
+    def held(self, key: Hashable) -> list[Tensor]:
         """The tensors of a key, which have been made."""
         return self._storage[key]
 
@@ -126,47 +144,77 @@ class SlotCache(SlotStorage, Cache):
         Cache.__init__(self, layers=[])
         SlotStorage.__init__(self, slots, capacity)
         self._view: tuple[int, int, int] = (0, 0, 0)
-        self._write_N: Tensor | None = None
+        self._write_N: Tensor | slice = slice(0)
+        self.tower = 0  # of modules that keep layers of one number each
 
-    def begin(self, first: int, lengths_B: Tensor, valid_BR: Tensor | None, rows: int, visible: int) -> None:
+    def begin(
+        self,
+        first: int,
+        lengths_B: Tensor,
+        valid_BR: Tensor | None,
+        rows: int,
+        visible: int,
+        start: int | None = None,
+    ) -> None:
         """Say where the next forward writes: sequence b's row r goes to column lengths_B[b] + r of slot first + b.
 
         valid_BR: False rows are padding. visible: L, the number of columns that every sequence's rows may look at.
+        start: where all of them write, if that is one column and no row is padding: then nothing is looked up.
         """
         count = lengths_B.shape[0]
         self.reserve(max(self.slots, first + count), visible)
+        self._view = (first, count, visible)
+        if start is not None:
+            self._write_N = slice(start, start + rows)
+            return
         at_BR = (torch.arange(first, first + count, device=lengths_B.device) * self.capacity + lengths_B)[:, None]
         at_BR = at_BR + torch.arange(rows, device=lengths_B.device)
         if valid_BR is not None:
             at_BR = at_BR.masked_fill(~valid_BR, self.size)
         self._write_N = at_BR.reshape(-1)
-        self._view = (first, count, visible)
+
+    def rows(self, key: Hashable, ahead: int = 0) -> Tensor:
+        """[B, R, ...]: what is kept of a key where the next forward writes, or so many columns ahead of it."""
+        first, count, _ = self._view
+        (flat,) = self.held(key)
+        if isinstance(self._write_N, slice):
+            return self._grid(flat)[first : first + count, self._write_N.start + ahead : self._write_N.stop + ahead]
+        at_N = (self._write_N + ahead).clamp_(max=self.size) if ahead else self._write_N
+        return flat[at_N].view(count, -1, *flat.shape[1:])
+
+    def put(self, key: Hashable, rows: Tensor) -> None:
+        """Keep [B, R, ...] of a key where the next forward writes."""
+        self._write(self.parts(key, [rows])[0], rows)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write this step's rows [B, H, R, E]; return views [B, H, L, E] of everything visible."""
         new = [key_states.transpose(1, 2), value_states.transpose(1, 2)]
-        parts = self.parts(layer_idx, new)
+        parts = self.parts(layer_idx + _TOWER * self.tower, new)
         key, value = (self._write(flat, rows).transpose(1, 2) for flat, rows in zip(parts, new, strict=True))
         return key, value
 
     def extend(self, pair_BRPE: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """`update` for keys and values that lie side by side, P = 2 H, and are stored so."""
-        (flat,) = self.parts(layer_idx, [pair_BRPE])
+        (flat,) = self.parts(layer_idx + _TOWER * self.tower, [pair_BRPE])
         key, value = self._write(flat, pair_BRPE).transpose(1, 2).chunk(2, dim=1)
         return key, value
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """`update` for the keys [B, R, E] by which sparse attention chooses what it reads; [B, L, E] of all visible."""
         new_BR1E = indexer_key_states[:, :, None]
-        (flat,) = self.parts(-1 - layer_idx, [new_BR1E])  # beside the layer's keys and values
+        (flat,) = self.parts(-1 - layer_idx - _TOWER * self.tower, [new_BR1E])  # beside the layer's keys and values
         return self._write(flat, new_BR1E).squeeze(2)
 
     def _write(self, flat: Tensor, rows_BRHE: Tensor) -> Tensor:
         first, count, visible = self._view
-        flat.index_copy_(0, self._write_N, rows_BRHE.reshape(-1, *flat.shape[1:]))
-        return self._grid(flat)[first : first + count, :visible]
+        mine = self._grid(flat)[first : first + count]
+        if isinstance(self._write_N, slice):
+            mine[:, self._write_N] = rows_BRHE
+        else:
+            flat.index_copy_(0, self._write_N, rows_BRHE.reshape(-1, *flat.shape[1:]))
+        return mine[:, :visible]
 
     def keep(self, slots: list[int], lengths: list[int], paths: list[list[int]]) -> None:
         """Compact accepted rows: row paths[b][i] of the last step moves to column lengths[b] + i. A chain moves

@@ -1,0 +1,124 @@
+"""Drafts may be computed in fewer bits, and must not make a device wait: the text and what is accepted stay."""
+
+# B sequences, T prompt width.
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from drafters import knowing_mtp, leaning_model
+from tiny import VOCAB
+from torch import Tensor
+
+from foretell.methods.heads import HeadsConfig
+from foretell.models.linears import HALF, INT8, PackedLinear
+from foretell.mtp import MTPModel, get_mtp_model
+
+packable = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+
+
+@functools.cache
+def knowing() -> MTPModel:
+    return knowing_mtp(leaning_model(), noise=0.03, shared_module=True, draft_vocab_size=VOCAB - 8)
+
+
+def prompts(B: int, T: int = 9) -> Tensor:
+    return torch.randint(3, VOCAB, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+def run(mtp: MTPModel, ids_BT: Tensor, **settings: Any) -> Any:
+    settings = {"max_new_tokens": 24, "num_draft_tokens": 3, "pad_token_id": 0, **settings}
+    return mtp.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), return_dict_in_generate=True, **settings)
+
+
+def products(mtp: MTPModel, dtype: str) -> list[PackedLinear]:
+    drafter = mtp.drafter(dtype=dtype)
+    parts = [*drafter._view.modules(), *drafter._head.modules()]
+    return [part for part in parts if isinstance(part, PackedLinear)]
+
+
+@packable
+@pytest.mark.parametrize("dtype", [HALF, INT8])
+@pytest.mark.parametrize(("texts", "slots", "share"), [(6, 1, 0.9), (200, 64, 0.995)])
+def test_drafts_of_narrow_weights_are_as_good(dtype, texts, slots, share):
+    mtp, ids_BT = knowing(), prompts(texts)
+    how = {"slots": slots, "max_new_tokens": 48}
+    plain, narrow = (run(mtp, ids_BT, draft_dtype=one, **how) for one in ("float32", dtype))
+    off = run(mtp, ids_BT, num_draft_tokens=0, **how)
+    assert plain.sequences.tolist() == narrow.sequences.tolist() == off.sequences.tolist()
+    # of few tokens one draft more or less is a tenth; random weights have many near ties, more than trained ones
+    assert plain.stats.tau > 1.3 and narrow.stats.tau >= share * plain.stats.tau
+    assert {name for product in products(mtp, dtype) for name in product.names} == {dtype}
+    assert {len(product.kept) for product in products(mtp, dtype)} == {1}
+
+
+@packable
+def test_lossy_spans_are_said_by_the_modules_own_weights():
+    mtp = knowing_mtp(leaning_model(), noise=0.15)
+    honest, asked = mtp.drafter, []
+    mtp.drafter = lambda space=None, sample=False, dtype="auto": asked.append(dtype) or honest(space, sample, dtype)
+    run(mtp, prompts(2), policy="static_k")
+    run(mtp, prompts(2), policy="static_k", draft_dtype=INT8)
+    run(mtp, prompts(2))
+    assert asked == ["float32", INT8, "auto"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int4", "", None, torch.int8])
+def test_weights_that_nothing_drafts_with_are_refused(dtype):
+    with pytest.raises(ValueError, match="draft_dtype: got .* wanted one of auto, float32, bfloat16, int8"):
+        run(knowing(), prompts(1), draft_dtype=dtype)
+
+
+def test_no_weights_are_made_wider():
+    mtp = get_mtp_model(leaning_model().to(torch.bfloat16), HeadsConfig(depth=2))
+    with pytest.raises(ValueError, match="'float32' for a module of bfloat16 on cpu, wanted one of auto, bf"):
+        run(mtp, prompts(1), draft_dtype="float32", num_draft_tokens=2)
+    wanted = run(mtp, prompts(2), num_draft_tokens=0).sequences.tolist()
+    for dtype in ("auto", HALF, INT8):
+        assert run(mtp, prompts(2), draft_dtype=dtype, num_draft_tokens=2).sequences.tolist() == wanted
+
+
+# -- how often a round waits for the device ----------------------------------------------------------------------------
+
+
+class Reads:
+    """Counts what would make the host wait for a device."""
+
+    NAMES = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for name in self.NAMES:
+            monkeypatch.setattr(torch.Tensor, name, self._counting(getattr(torch.Tensor, name)))
+
+    def _counting(self, honest: Any) -> Any:
+        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return honest(tensor, *args, **kwargs)
+
+        return counting
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 5, "temperature": 0.7},
+    "drawn drafts": {"do_sample": True, "draft_sample_method": "probabilistic"},
+    "drawn drafts beside lookup": {"do_sample": True, "draft_sample_method": "probabilistic", "drafter": "mtp+lookup"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_of_64_reads_the_device_three_times(monkeypatch, kind):
+    mtp, ids_BT, rounds = knowing(), prompts(64), []
+    run(mtp, ids_BT, **KINDS[kind])
+    for new in (8, 20):  # what a call reads beside its rounds drops out
+        with monkeypatch.context() as patch:
+            reads = Reads(patch)
+            stats = run(mtp, ids_BT, max_new_tokens=new, **KINDS[kind]).stats
+        rounds.append((stats.verifications, reads.count))
+    (few, before), (many, after) = rounds
+    assert many >= few + 4
+    assert after - before <= 3 * (many - few)

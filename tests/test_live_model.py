@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
@@ -611,6 +612,31 @@ def test_other_types_of_number(method, start):
         if change is resized:
             mtp = get_mtp_model(model, METHODS[method])
         assert mtp_say(mtp) == say(model)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_module_of_a_narrower_type_than_its_target(packs, start, monkeypatch):
+    monkeypatch.setattr(fast, "_can_pack", lambda _module: packs)
+    for name in ("llama", "qwen3"):
+        model = tiny_model(name)
+        mtp = get_mtp_model(model, METHODS["sequential"])
+        mtp.module.to(torch.bfloat16)
+        assert mtp_say(mtp) == say(model)
+
+
+def test_a_mode_that_changes_operations_is_noticed(start):
+    class Louder(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            return out * 1.2 if function is nn.functional.linear else out
+
+    model = copy.deepcopy(start)
+    mtp, before = get_mtp_model(model, METHODS["sequential"]), say(model)
+    assert mtp_say(mtp) == before
+    with Louder():
+        wanted = say(model)
+        assert mtp_say(mtp) == wanted != before
+    assert mtp_say(mtp) == before
 
 
 def test_memory_that_crosses_the_packing_limit(start, monkeypatch):

@@ -90,6 +90,8 @@ class MTPBlock(nn.Module):
         """All [B, T, D]; what a row sees stands in the RowMasks that hang on the block."""
         dtype = self.eh_proj.weight.dtype  # fp32 master weights may stand beside a bf16 target
         embedding, hidden = self.enorm(embedding_BTD.to(dtype)), self.hnorm(hidden_BTD.to(dtype))
+        if isinstance(position_embeddings, tuple):  # cos and sin, in the target's type
+            position_embeddings = tuple(one.to(dtype) for one in position_embeddings)
         halves = (hidden, embedding) if self.order == "hidden_embedding" else (embedding, hidden)
         raw = self.block(
             self.eh_proj(torch.cat(halves, dim=-1)),

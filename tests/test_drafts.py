@@ -114,11 +114,12 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_round_of_64_reads_the_device_three_times(monkeypatch, kind):
     mtp, ids_BT, rounds = knowing(), prompts(64), []
     run(mtp, ids_BT, **KINDS[kind])
-    for new in (8, 20):  # what a call reads beside its rounds drops out
+    for new in (8, 28):  # what a call reads beside its rounds drops out
+        seed = torch.Generator().manual_seed(1)
         with monkeypatch.context() as patch:
             reads = Reads(patch)
-            stats = run(mtp, ids_BT, max_new_tokens=new, **KINDS[kind]).stats
+            stats = run(mtp, ids_BT, max_new_tokens=new, generator=seed, **KINDS[kind]).stats
         rounds.append((stats.verifications, reads.count))
     (few, before), (many, after) = rounds
-    assert many >= few + 4
+    assert many >= few + 3
     assert after - before <= 3 * (many - few)

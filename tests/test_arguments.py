@@ -107,6 +107,11 @@ def test_another_models_generate_is_refused():
 def test_a_mask_of_another_width_is_refused(door):
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 7\)|attention_mask"):
         through(door, attention_mask=torch.ones(2, 7, dtype=torch.long).index_fill(1, torch.tensor([0]), 0))
+    for shape in ((2, 7), (2, 12), (3, 9)):
+        with pytest.raises(ValueError, match="attention_mask.*wanted the same"):
+            through(door, attention_mask=torch.ones(shape))
+    with pytest.raises(ValueError, match=r"position_ids.*\(3, 2, 9\)"):
+        through(door, position_ids=torch.arange(9).expand(3, 2, -1))
 
 
 @pytest.mark.parametrize("flag", ["--temperature 0.5", "--top-k 3", "--top-p 0.9", "--min-p 0.1"])

@@ -262,6 +262,9 @@ def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any]) -> list[Seque
 def _check_positions(position_ids_BT: Tensor | None, mask_BT: Tensor) -> None:
     if position_ids_BT is None:
         return
+    if position_ids_BT.shape not in (mask_BT.shape, mask_BT[:1].shape):  # transformers makes them of a mask
+        got = f"{tuple(position_ids_BT.shape)} for prompts of shape {tuple(mask_BT.shape)}"
+        raise ValueError(f"position_ids or attention_mask: got shape {got}, wanted the same.")
     usual_BT = mask_BT.long().cumsum(-1) - 1
     if not torch.equal(position_ids_BT.expand_as(usual_BT)[mask_BT == 1], usual_BT[mask_BT == 1]):
         raise ValueError("foretell's generate cannot honour: position_ids that do not count from each prompt's start.")

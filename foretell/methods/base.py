@@ -218,8 +218,9 @@ class MTPModule(nn.Module):
         shape = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         small = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), **shape)  # draws no random numbers
         small.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            small.bias = nn.Parameter(bias, requires_grad=False)
+        small.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if weight.dtype != target.dtype:  # a wide head over a narrow body
+            small.register_forward_pre_hook(lambda _small, given: (given[0].to(weight.dtype),))
         return fast_view(nn.Sequential(small), dtype)[0]
 
     def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:

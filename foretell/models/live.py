@@ -87,11 +87,9 @@ def signature(module: nn.Module) -> tuple[tuple, tuple]:
 def _follow_calls(function: Any, called: dict[Any, None]) -> None:
     """Every function that this one may call by a name of its file, or of a module there: anybody may set another."""
     function = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
-    if function in called:
+    if function in called or not isinstance(function, types.FunctionType):
         return
     called[function] = None
-    if not isinstance(function, types.FunctionType):
-        return
     names, spaces = function.__code__.co_names, [function.__globals__]
     for space in spaces:
         for value in [space[name] for name in names if name in space]:

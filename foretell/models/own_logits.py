@@ -48,8 +48,7 @@ class _Output(BaseModelOutputWithPast):
 
 
 def _clone(part: nn.Module) -> nn.Module:
-    # copy.copy asks a parametrized module how it is pickled, and it refuses
-    clone = object.__new__(type(part))
+    clone = object.__new__(type(part))  # copy.copy asks how it is pickled, and a parametrized one refuses
     clone.__dict__.update(part.__dict__, _compiled_call_impl=None)  # a compiled call would run the live module
     return clone
 

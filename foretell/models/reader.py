@@ -158,9 +158,7 @@ class RowReader:
         if self._now.view is not None:
             return self._now.view
         with self._lock:
-            if self._copy is None or self._copy.tree is None:
-                return self._noticed()
-            return self._copy.tree
+            return self._noticed() if self._copy is None or self._copy.tree is None else self._copy.tree
 
     def verdict(self) -> dict[str, Any]:
         """What comparing the copy with the model itself gave, as plain data."""

@@ -85,10 +85,7 @@ def refuse_now(outer: nn.Module, model: Any) -> None:
         refuse_adapter(owner)
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not isinstance(part.weight, Tensor):
-            raise UnsupportedModelError(
-                f"{name}: the weight of its {type(part).__name__} (embeddings or output head) is no tensor, and a "
-                "module borrows it; wanted a plain or quantized one from transformers."
-            )
+            raise UnsupportedModelError(f"{name}: {type(part).__name__}.weight is no tensor that a module can borrow.")
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1 or "meta" in places:
         raise UnsupportedModelError(_elsewhere(name, places))

@@ -143,7 +143,8 @@ def main() -> None:
     settings = parse(DraftCostSettings, prog="benchmarks/draft_cost.py")
     folder = Path("runs/kernels/model")
     _, tokenizer = load_model(settings.model, folder)
-    prompts = [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"][: settings.prompts]]
+    every = [encode_prompt(_chat(row), tokenizer) for row in _prompts(0)["compare"]]
+    prompts = every[: settings.prompts]
     words = settings.model or str(folder), settings.module, str(settings.threads)
     builds = {"new": Path(__file__).parents[1]} | ({"old": Path(settings.old)} if settings.old else {})
     workers = {n: Worker(sys.executable, *words, build=at, script=__file__) for n, at in builds.items()}
@@ -156,7 +157,7 @@ def main() -> None:
 
     texts = [[ids] for ids in prompts]
     found = race(ask, ways, texts, settings.repeats)
-    wide = widely(ask, list(builds), prompts[:WIDE], settings.repeats)
+    wide = widely(ask, list(builds), every[:WIDE], settings.repeats)
     for name, of in found.items():
         print(
             f"{name:9} step {of['step_ms']:.2f} ms, {of['step_share']:.1%} of {of['target_ms']:.1f} ms;"

@@ -17,27 +17,46 @@ ROOT = Path(__file__).parents[1]
 
 
 def demo_table(result: dict[str, Any]) -> list[str]:
-    """The comparison of results/demo.json, with where it was measured."""
-    by_name = {way["name"]: way for way in result["ways"]}
-    lines = ["| | tokens/s | tau | times drafting off | times transformers |", "|---|---|---|---|---|"]
-    for way in result["ways"]:
-        rate = way["tokens_per_second"]
-        lines.append(
-            f"| {way['label']} | {rate:.1f} | {way['tau']:.2f} | {rate / by_name['off']['tokens_per_second']:.2f} | "
-            f"{rate / by_name['transformers']['tokens_per_second']:.2f} |"
-        )
-    equal = result["equality"]
-    training, repeats, seconds = result["training"], len(result["ways"][0]["repeats"]), result["seconds"]
+    """The comparisons of results/demo.json, with where they were measured."""
+    domain, training, seconds = result.get("domain"), result["training"], result["seconds"]
+    lines = _ways(result)
+    if domain is not None:
+        lines += ["", f"After training here, on eight held-out prompts of one kind ({domain['name']}):", ""]
+        lines += _ways(domain)
     return [
         *lines,
         "",
-        f"{result['model']}, fp32, {result['provenance']['cores']} cores, batch 1, greedy,",
-        f"{equal['prompts']} held-out prompts, interleaved, medians of {repeats} repeats.",
-        f"{equal['equal']} of {equal['runs']} runs gave exactly the tokens of transformers' generate.",
-        f"The module trained for {training['seconds']:.0f} s",
+        f"{result['model']}, fp32, {result['provenance']['cores']} cores, batch 1, greedy, interleaved, medians.",
+        *(_equal(part) for part in (result, domain) if part is not None),
+        f"The module of one kind trained for {training['seconds']:.0f} s",
         f"at {training['answer_tokens_per_second']:.0f} answer tokens/s; {seconds['total'] / 60:.1f} minutes in all.",
         where(result["provenance"]),
     ]
+
+
+def _ways(result: dict[str, Any]) -> list[str]:
+    by_name = {way["name"]: way for way in result["ways"]}
+    lines = [
+        "| | tokens/s | tau | tau, 3 drafts | times drafting off | times transformers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way in result["ways"]:
+        rate = way["tokens_per_second"]
+        fixed = f"{way['tau_fixed']:.2f}" if way.get("tau_fixed") else ""
+        lines.append(
+            f"| {way['label']} | {rate:.1f} | {way['tau']:.2f} | {fixed} | "
+            f"{rate / by_name['off']['tokens_per_second']:.2f} | "
+            f"{rate / by_name['transformers']['tokens_per_second']:.2f} |"
+        )
+    return lines
+
+
+def _equal(result: dict[str, Any]) -> str:
+    equal, repeats = result["equality"], len(result["ways"][0]["repeats"])
+    return (
+        f"{equal['equal']} of {equal['runs']} runs ({equal['prompts']} held-out prompts, {repeats} repeats) gave "
+        "exactly the tokens of transformers' generate."
+    )
 
 
 def ablation_table(result: dict[str, Any]) -> list[str]:

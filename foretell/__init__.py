@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foretell.checkpoint import shipped
     from foretell.decoding.lookup import PromptLookup
     from foretell.decoding.trees import calibrated_tree, cartesian_tree
     from foretell.evaluation.accuracy import head_accuracy
@@ -38,6 +39,7 @@ __all__ = [
     "get_mtp_model",
     "head_accuracy",
     "load_preset",
+    "shipped",
 ]
 
 _HOME = {
@@ -55,6 +57,7 @@ _HOME = {
     "get_mtp_model": "foretell.mtp",
     "head_accuracy": "foretell.evaluation.accuracy",
     "load_preset": "foretell.methods.base",
+    "shipped": "foretell.checkpoint",
 }
 
 

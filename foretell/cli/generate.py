@@ -18,7 +18,8 @@ class GenerateSettings:
 
     model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
     module: str | None = field(
-        default=None, metadata={"help": "Folder of the MTP module; without it drafts are looked up."}
+        default=None,
+        metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
     )
     prompt: str = field(metadata={"help": "What to answer; - reads it from standard input."})
     chat: bool = field(
@@ -81,15 +82,17 @@ def main(argv: Sequence[str]) -> int:
     import torch
     from transformers import TextStreamer
 
+    from foretell.checkpoint import shipped
     from foretell.decoding.policies import LOSSY, SPANS, check_policy
     from foretell.methods.sequential import SequentialConfig
     from foretell.mtp import MTPModel, get_mtp_model
 
     check_policy(settings.policy)
     model, tokenizer = load_target(settings.model, settings.dtype)
-    if settings.module is not None:
+    folder = settings.module or shipped(model)
+    if folder is not None:
         usual = "mtp" if settings.policy in SPANS else "mtp+lookup"
-        mtp, drafter = MTPModel.from_pretrained(model, settings.module), settings.drafter or usual
+        mtp, drafter = MTPModel.from_pretrained(model, folder), settings.drafter or usual
     else:
         if settings.policy in SPANS:
             raise ValueError(f"policy: got {settings.policy!r}, which needs a trained module: --module FOLDER.")

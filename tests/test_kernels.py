@@ -372,7 +372,7 @@ DRAFTING = {
 def test_what_drafts_has_the_weights_that_were_fastest(monkeypatch, name):
     seconds, wanted = DRAFTING[name]
     taking(monkeypatch, seconds)
-    product = fast_view(nn.Sequential(nn.Linear(32, 40)), "auto")[0]
+    product = fast_view(nn.Sequential(nn.Linear(64, 128)), "auto")[0]
     assert product.names == wanted
     assert set(product.kept) == set(wanted) - {PLAIN}
 
@@ -382,13 +382,13 @@ def test_what_drafts_has_the_weights_that_were_fastest(monkeypatch, name):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_narrow_weights_give_the_products_to_their_own_precision(dtype, weights):
     torch.manual_seed(0)
-    plain = nn.Linear(96, 40, dtype=weights)
+    plain = nn.Linear(128, 64, dtype=weights)
     product = fast_view(nn.Sequential(plain), dtype)[0]
-    x_BRD, residual_BRO = torch.randn(2, 3, 96, dtype=weights), torch.randn(2, 3, 40, dtype=weights)
+    x_BRD, residual_BRO = torch.randn(2, 3, 128, dtype=weights), torch.randn(2, 3, 64, dtype=weights)
     wanted_BRO, got_BRO = plain(x_BRD), product(x_BRD)
     assert got_BRO.dtype == weights and got_BRO.shape == wanted_BRO.shape
     off, size = (got_BRO - wanted_BRO).float().abs(), wanted_BRO.float().abs().max()
-    # a weight is off by up to half a step of 1 / 127 of its row's largest, or by 2^-9 of itself; sums of 96 average it
+    # a weight is off by up to half a step of 1 / 127 of its row's largest, or by 2^-9 of itself; sums of 128 average it
     assert off.max() < (0.02 if dtype == INT8 else 0.01) * size
     if dtype != str(weights).removeprefix("torch."):
         assert product.names == [dtype] * len(ROWS) and set(product.kept) == {dtype}
@@ -401,14 +401,27 @@ def test_a_narrow_kernel_that_is_wrong_here_is_not_used(monkeypatch):
     honest = PackedLinear.run
     monkeypatch.setattr(PackedLinear, "run", lambda self, kernel, x: honest(self, kernel, x) * (1 + (kernel == INT8)))
     with pytest.warns(UserWarning, match="int8.*not used"):
-        product = fast_view(nn.Sequential(nn.Linear(32, 40)), INT8)[0]
+        product = fast_view(nn.Sequential(nn.Linear(64, 64)), INT8)[0]
     assert product.names == [PLAIN] * len(ROWS)
+
+
+@packable
+@pytest.mark.parametrize(("width", "out"), [(96, 64), (64, 40), (8, 8)])
+def test_int8_is_for_whole_vectors_only(monkeypatch, width, out):
+    """torch's kernel does not ask for the sizes that it can do; it is never called with others."""
+    called = []
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: called.append(1))
+    taking(monkeypatch, {PLAIN: [4.0] * 8, PACKED: [3.0] * 8, HALF: FLAT, INT8: [0.1] * 8})
+    with pytest.warns(UserWarning, match="int8.*not used"):
+        asked = fast_view(nn.Sequential(nn.Linear(width, out)), INT8)[0]
+    found = fast_view(nn.Sequential(nn.Linear(width, out)), "auto")[0]
+    assert not called and asked.names == [HALF] * len(ROWS) and INT8 not in found.names
 
 
 @packable
 def test_weights_that_are_too_coarse_in_int8_are_drafted_with_in_others(monkeypatch):
     taking(monkeypatch, {PLAIN: [4.0] * 8, PACKED: [3.0] * 8, HALF: FLAT, INT8: FLAT})
-    fusion = nn.Linear(64, 32, bias=False)
+    fusion = nn.Linear(64, 64, bias=False)
     with torch.no_grad():
         fusion.weight.mul_(0.05)
         fusion.weight[:, 25] = 3.0  # steps of int8 are larger than all others; the probe hardly sees it

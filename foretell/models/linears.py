@@ -22,6 +22,7 @@ PACKABLE = (torch.float32, torch.bfloat16)
 HALF, INT8 = "bfloat16", "int8"
 DRAFT_DTYPES = ("auto", "float32", HALF, INT8)
 _SEVERAL_BYTES = 64 << 20  # of a weight: larger ones are copied once
+_WHOLE = 64  # torch's int8 product (2.13) reads and writes whole vectors: sizes that these do not divide are not its own
 
 
 class PackedLinear(Measured):
@@ -70,7 +71,7 @@ class PackedLinear(Measured):
 
     def part(self, share: float) -> PackedLinear:
         """See Measured."""
-        most = [max(1, int(len(weight) * share)) for weight in self.weights]
+        most = [min(len(w), max(1, int(len(w) * share) // _WHOLE) * _WHOLE) for w in self.weights]
         biases = [None if b is None else b[:n] for b, n in zip(self._biases, most, strict=True)]
         part = PackedLinear([weight[:n] for weight, n in zip(self.weights, most, strict=True)], biases)
         part.key, part.kernels = self.key, self.kernels
@@ -82,6 +83,8 @@ class PackedLinear(Measured):
         if kernel == TRANSPOSED:
             return together.t().contiguous()
         if kernel == INT8:
+            if self.in_features % _WHOLE or self.out_features % _WHOLE:
+                raise RuntimeError(f"got a product {self.in_features} -> {self.out_features}, wanted whole vectors")
             scale_O1 = together.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
             self.scales_O = scale_O1[:, 0].bfloat16()
             return (together / self.scales_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)

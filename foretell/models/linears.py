@@ -22,7 +22,7 @@ PACKABLE = (torch.float32, torch.bfloat16)
 HALF, INT8 = "bfloat16", "int8"
 DRAFT_DTYPES = ("auto", "float32", HALF, INT8)
 _SEVERAL_BYTES = 64 << 20  # of a weight: larger ones are copied once
-_WHOLE = 64  # torch's int8 product (2.13) reads and writes whole vectors: sizes that these do not divide are not its own
+_WHOLE = 64  # torch 2.13 multiplies int8 a vector at a time: other sizes are not its own
 
 
 class PackedLinear(Measured):

@@ -102,6 +102,8 @@ def pytest_configure(config: Any) -> None:
                 kwargs.setdefault("mtp_enabled", what == "trl")
                 super().__init__(*args, **kwargs)
 
+        Config.__qualname__ = "Config"  # checkpoints pickle it
+        globals()["Config"] = Config
         trl.SFTConfig, trl.SFTTrainer = Config, SFTTrainer
     elif what == "generate":
         from transformers.generation import GenerationMixin

@@ -329,7 +329,7 @@ def held_bytes(mtp: MTPModel) -> dict[str, int]:
 
     for space in mtp._workspaces._free:
         look("cache", space.cache)
-        for name, value in vars(space._drafter).items():
+        for name, value in [pair for _, own in space._drafters.values() for pair in vars(own).items()]:
             look(name, value)
     return found
 

@@ -213,6 +213,8 @@ def switch_adapter(chain: Chain) -> str:
             chain.model.unmerge_adapter()
     elif what == "weights":
         shake(chain, [p for n, p in chain.model.named_parameters() if "default" in n])
+    elif any(isinstance(module, Bent) for module in chain.model.modules()):
+        return nothing(chain)  # PEFT knows plain linears only
     elif "second" not in chain.model.peft_config and not any(layer.merged for layer in layers):
         chain.model.add_adapter("second", copy.deepcopy(chain.model.peft_config["default"]))
         chain.model.set_adapter("second")

@@ -147,7 +147,7 @@ class MTPModel(Learning):
     def generate(
         self,
         inputs: Tensor | None = None,
-        *,
+        *others: Any,
         num_draft_tokens: int | str | None = None,
         policy: str = "lossless",
         confidence_threshold: float | None = None,
@@ -180,7 +180,8 @@ class MTPModel(Learning):
         generator: seeds sampling. slots: sequences decoded at once; a larger batch is worked off continuously.
 
         Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
-        tokenizer, ...). Raises ValueError naming what it cannot honour (beams, constraints, ...).
+        tokenizer, ...), by name or in its place. Raises ValueError naming what it cannot honour (beams, constraints,
+        ...).
         """
         if kwargs.get("cache_implementation") == "paged":  # transformers goes another way before it asks for a run
             raise ValueError("foretell's generate cannot honour: cache_implementation='paged'. Leave it out.")
@@ -197,7 +198,7 @@ class MTPModel(Learning):
             generator=generator,
             slots=slots,
         )
-        return self.model.generate(inputs, custom_generate=run, **kwargs)
+        return self.model.generate(inputs, *others, custom_generate=run, **kwargs)
 
     def drafter(self, space: Workspace | None = None, sample: bool = False, dtype: str = "auto") -> ModuleDrafter:
         """A drafter over the module's and the output head's current weights, with storage of its own or a workspace's.

@@ -22,7 +22,8 @@ import foretell
 from foretell.cli.generate import GenerateSettings
 from foretell.config import ConfigError, parse
 from foretell.decoding.generate import refuse_unsupported
-from foretell.mtp import MTPModel
+from foretell.methods.heads import HeadsConfig
+from foretell.mtp import MTPModel, get_mtp_model
 
 IDS = torch.arange(10, 28).view(2, 9)
 
@@ -227,6 +228,79 @@ def test_who_says_that_it_knows_one_text_only_is_believed():
         for n in (0, 3):
             out = through("mtp", max_new_tokens=30, num_draft_tokens=n, drafter="mtp+lookup", **settings)
             assert out.tolist() == wanted.tolist()
+
+
+class Nested(Brackets):
+    """A grammar that says that it can be rolled back, and does not know what to do with a token that it forbids."""
+
+    rolls_back = True
+    calls = 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        Nested.calls += 1
+        last = int(ids[0, -1])
+        assert self.depth is None or (self.depth > 0 if 40 <= last < 70 else self.depth < 3 and 10 <= last < 40), last
+        return super().__call__(ids, scores)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3, "auto"])
+@pytest.mark.parametrize("drafter", ["mtp", "mtp+lookup"])
+def test_a_grammar_that_can_be_rolled_back_runs_beside_drafts(drafts, drafter, door):
+    for sample in (False, True):
+        settings = {"max_new_tokens": 40, "do_sample": sample, "top_k": 5, "num_beams": 1}
+        wanted = mtp().model.generate(IDS[:1], logits_processor=LogitsProcessorList([Brackets()]), **settings)
+        nested, Nested.calls = Nested(), 0
+        how = {"num_draft_tokens": drafts, "drafter": drafter, "return_dict_in_generate": True}
+        out = through(door, IDS[:1], logits_processor=LogitsProcessorList([nested]), **how, **settings)
+        depth = 0
+        for token in out.sequences[0, IDS.shape[1] :].tolist():
+            depth += 1 if 10 <= token < 40 else -1
+            assert 10 <= token < 70 and 0 <= depth <= 3
+        assert nested.depth is None  # it itself stays where it was
+        if not sample:
+            assert out.sequences.tolist() == wanted.tolist() and out.stats.lossless
+        if drafts == 3:
+            assert out.stats.tau > 1 and Nested.calls > 40, "accepted drafts were asked about, and others too"
+
+
+def test_what_rolls_back_knows_one_text_only():
+    for ids in (IDS, IDS[:2]):
+        with pytest.raises(ValueError, match="cannot honour: Nested beside drafts"):
+            through("mtp", ids, logits_processor=LogitsProcessorList([Nested()]), num_draft_tokens=2)
+
+
+def test_the_draft_tree_asks_each_branch_from_where_its_parent_stood():
+    """A count of the text's own: a branch that saw its sibling would count on."""
+
+    class Counting(LogitsProcessor):
+        rolls_back = True
+        seen = 0
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            return scores.scatter_add(1, torch.tensor([[(self.seen * 7) % 97]]), torch.full((1, 1), 40.0))
+
+    class Ordinary(Counting):
+        rolls_back = False
+
+    model = leaning_model()
+    heads = get_mtp_model(model, HeadsConfig(depth=2))
+    wanted = model.generate(IDS[:1], max_new_tokens=24, do_sample=False, logits_processor=[Ordinary()])
+    tree = [[0], [1], [2], [0, 0], [1, 0], [0, 1]]
+    for how in ({"draft_tree": tree, "num_draft_tokens": 2}, {"drafter": "mtp+lookup", "num_draft_tokens": 2}):
+        out = heads.generate(IDS[:1], max_new_tokens=24, do_sample=False, logits_processor=[Counting()], **how)
+        assert out.tolist() == wanted.tolist()
+
+
+def test_generate_takes_what_transformers_takes_in_its_places():
+    given = GenerationConfig(max_new_tokens=9, do_sample=False)
+    processors, criteria = [lp.SuppressTokensLogitsProcessor([5, 9])], [lambda ids, _: ids[:, -1] < 9]
+    criteria[0].of_one_text = True  # type: ignore[attr-defined]
+    for more in ((), (processors,), (processors, criteria), (None, criteria)):
+        wanted = mtp().model.generate(IDS, given, *more)
+        assert mtp().generate(IDS, given, *more, num_draft_tokens=2).tolist() == wanted.tolist()
+    with pytest.raises(ValueError, match="synced_gpus"):
+        mtp().generate(IDS, given, None, None, None, True)
 
 
 def test_criteria_are_asked_once_a_token_in_order_with_the_callers_ids():

@@ -17,6 +17,7 @@ import torch
 from tiny import VOCAB, tiny_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
@@ -624,19 +625,51 @@ def test_a_module_of_a_narrower_type_than_its_target(packs, start, monkeypatch):
         assert mtp_say(mtp) == say(model)
 
 
-def test_a_mode_that_changes_operations_is_noticed(start):
-    class Louder(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            return out * 1.2 if function is nn.functional.linear else out
+class LouderFunctions(TorchFunctionMode):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
 
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return out * self.factor if function is nn.functional.linear else out
+
+
+class LouderOperations(TorchDispatchMode):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return out * self.factor if function is torch.ops.aten.mm.default else out
+
+
+@pytest.mark.parametrize("mode", [LouderFunctions, LouderOperations])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mode_that_changes_operations_is_noticed(mode, method, start):
     model = copy.deepcopy(start)
-    mtp, before = get_mtp_model(model, METHODS["sequential"]), say(model)
+    mtp, before = get_mtp_model(model, METHODS[method]), say(model)
     assert mtp_say(mtp) == before
-    with Louder():
-        wanted = say(model)
-        assert mtp_say(mtp) == wanted != before
+    for factor in (1.2, 0.6):  # the same kind of mode, another state
+        with mode(factor):
+            wanted = say(model)
+            assert mtp_say(mtp) == wanted != before
     assert mtp_say(mtp) == before
+
+
+def test_a_mode_that_makes_rows_differ_by_their_number_is_refused_by_name(start):
+    class Counting(TorchDispatchMode):
+        """Says something else of a single row, so that no two ways of reading a text agree."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            return out * len(out) if function is torch.ops.aten.mm.default else out
+
+    mtp = get_mtp_model(copy.deepcopy(start), METHODS["sequential"])
+    with Counting(), pytest.raises(ValueError, match="cannot be decoded exactly"):
+        mtp_say(mtp)
+    assert mtp_say(mtp) == say(mtp.model)
 
 
 def test_memory_that_crosses_the_packing_limit(start, monkeypatch):

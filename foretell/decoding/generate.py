@@ -162,7 +162,8 @@ class MTPGenerate:
         B, T = input_ids_BT.shape
         if streamer is not None and B > 1:
             raise ValueError(f"a streamer takes one sequence; got a batch of {B}.")
-        others = of_more_than_one_text(logits_processor) + (of_more_than_one_text(stopping_criteria) if B > 1 else [])
+        others = of_more_than_one_text(logits_processor, B)
+        others += of_more_than_one_text(stopping_criteria, B) if B > 1 else []
         if others and self.leave is not None:
             raise ValueError(
                 f"foretell cannot answer prompts in continuous batches with {', '.join(others)}, which may look at the "
@@ -176,7 +177,8 @@ class MTPGenerate:
             raise ValueError(
                 f"foretell's generate cannot honour: {', '.join(others)} beside drafts: it may look at the whole batch "
                 "or keep state from call to call, and drafts may be refused. Use num_draft_tokens=0, or say "
-                "of_one_text = True on it where it is a function of one row's ids and scores."
+                "of_one_text = True on it where it is a function of one row's ids and scores; of a single prompt, "
+                "rolls_back = True where a deep copy of it goes on from where it stands."
             )
         sample = bool(generation_config.do_sample)
         sequences = _sequences(input_ids_BT, model_kwargs)

@@ -2,7 +2,8 @@
 
 A draft's rows may be refused, and rows of a batch are at different places of their texts. So beside drafts only those
 processors can stand that are functions of one row's ids and scores: those of transformers that are known to be, and
-those that say so of themselves with an attribute `of_one_text = True`.
+those that say so of themselves with an attribute `of_one_text = True`. One that keeps a state of the text that it is
+asked about may say `rolls_back = True`: a deep copy of it goes on from where it stands. Then copies are asked.
 """
 
 # B sequences, R rows of each (its last token, then its drafts), N rows, V vocabulary.
@@ -54,10 +55,16 @@ _OF_ONE_TEXT = _OF_SCORES | {
 }
 
 
-def of_more_than_one_text(given: Iterable[Any] | None) -> list[str]:
-    """Names of the logits processors or stopping criteria that may look at the batch, or keep state between calls."""
+def of_more_than_one_text(given: Iterable[Any] | None, texts: int) -> list[str]:
+    """Names of the logits processors or stopping criteria that may look at the batch, or keep state between calls, and
+    cannot be asked about a draft.
+    """
     others = [x for x in given or [] if type(x) not in _OF_ONE_TEXT and getattr(x, "of_one_text", False) is not True]
-    return [getattr(x, "__name__", type(x).__name__) for x in others]
+    return [getattr(x, "__name__", type(x).__name__) for x in others if not (texts == 1 and _rolls_back(x))]
+
+
+def _rolls_back(processor: Any) -> bool:
+    return getattr(processor, "rolls_back", False) is True
 
 
 class RowScores:
@@ -71,6 +78,8 @@ class RowScores:
         self.dice = Dice(generator) if do_sample else None
         self.plain = not self.processors and not do_sample
         self.prefix_free = all(type(p) in _OF_SCORES for p in self.processors)
+        self.rolls_back = any(map(_rolls_back, self.processors))
+        self._asked: dict[tuple[int, ...], list] = {}  # the processors as they stood once asked behind this text
 
     def warp(self, scores_NV: Tensor) -> Tensor:
         """Through those processors that look at scores alone."""
@@ -106,19 +115,34 @@ class RowScores:
 
     def _of_text(self, sequence: SequenceState, draft: Draft, scores_RV: Tensor) -> Tensor:
         """[R, V] raw scores in fp32 -> processed ones, as transformers' sampling computes them."""
-        rows = []
+        rows: list[Tensor] = []
         before = sequence.padding + sequence.tokens
+        self._asked = {text: asked for text, asked in self._asked.items() if len(text) >= len(before) - 1}
         for row in range(len(draft) + 1):
             path, node = [], row - 1
             while node >= 0:
                 path.append(draft.tokens[node])
                 node = draft.parents[node]
-            prefix = torch.tensor([before + path[::-1]], device=scores_RV.device)
-            score = scores_RV[row : row + 1]
-            for processor in self.processors:
-                score = _of_row(processor, sequence)(prefix, score)
+            score, text = scores_RV[row : row + 1], before + path[::-1]
+            if not (self.rolls_back and path and self._cannot_follow(rows[draft.parents[row - 1] + 1], text)):
+                prefix = torch.tensor([text], device=scores_RV.device)
+                for processor in self._standing(text):
+                    score = _of_row(processor, sequence)(prefix, score)
             rows.append(score)
         return torch.cat(rows)
+
+    def _cannot_follow(self, before_1V: Tensor, text: list[int]) -> bool:
+        """Whether nobody will ask about this text, and its processors need not understand it."""
+        never = bool(before_1V[0, text[-1]] == -torch.inf < before_1V.max())
+        return never or tuple(text[:-1]) not in self._asked
+
+    def _standing(self, text: list[int]) -> list:
+        """The processors behind all but the last token of a text, to be asked about the whole."""
+        if not self.rolls_back:
+            return self.processors
+        before = self._asked[tuple(text[:-1])] if self._asked else self.processors
+        now = self._asked[tuple(text)] = [copy.deepcopy(one) if _rolls_back(one) else one for one in before]
+        return now
 
 
 def _of_row(processor: Any, sequence: SequenceState) -> Any:

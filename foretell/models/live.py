@@ -19,6 +19,7 @@ import torch
 import xxhash
 from torch import Tensor, nn, overrides
 from torch.nn.modules import module as torch_module
+from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
 from transformers import PreTrainedConfig
 from transformers.utils.generic import GeneralInterface
@@ -140,10 +141,9 @@ def surroundings(device: torch.device) -> tuple[bool, tuple]:
     """(whether a fused part says here what the modules it stands for say, what around a model decides its numbers)."""
     cast = torch.is_autocast_enabled(device.type)
     watching = tuple(torch_module._global_forward_hooks), tuple(torch_module._global_forward_pre_hooks)
-    # what may change any operation; a device context only says where new tensors go
-    modes = tuple(
-        type(mode) for mode in overrides._get_current_function_mode_stack() if type(mode) is not DeviceContext
-    )
+    # what may change any operation, by whatever it holds; a device context only says where new tensors go
+    around = [*overrides._get_current_function_mode_stack(), *_python_dispatch._get_current_dispatch_mode_stack()]
+    modes = tuple(_Same(mode) for mode in around if type(mode) is not DeviceContext)
     kind = torch.get_autocast_dtype(device.type) if cast else None
     return not (cast or modes or any(watching)), (kind, *modes, *watching, torch.get_default_dtype())
 

@@ -98,6 +98,8 @@ def test_a_curve_falls_by_more_than_noise_only():
     assert CostCurve.smooth([1.05, 1.0, 1.2, 3.0]) == [1.0, 1.0, 1.2, 3.0]
     assert CostCurve.smooth([30.0, 60.0, 75.0, 20.0, 21.0]) == [30.0, 60.0, 75.0, 20.0, 21.0], "one row takes 30"
     assert CostCurve.smooth([1.0, 1.05, 1.02, 1.0]) == [1.0] * 4
+    busy = [28.0, 44.0, 53.0, 42.0, 57.0]
+    assert CostCurve.smooth(busy, quiet=False) == [28.0, 42.0, 42.0, 42.0, 57.0], "a disturbed clock does not say so"
 
 
 def test_measured_curve_is_a_curve_of_the_target(monkeypatch, tmp_path):
@@ -113,7 +115,8 @@ def test_measured_curve_is_a_curve_of_the_target(monkeypatch, tmp_path):
     (file,) = tmp_path.iterdir()
     for wrong in ("[]", json.dumps([1.0] * 11 + [-1.0]), json.dumps([1] * 12), "3"):
         found = json.loads(file.read_text())
-        file.write_text(json.dumps(found | {"curves": dict.fromkeys(found["curves"], json.loads(wrong))}))
+        one = {"value": json.loads(wrong), "lost": 0.0, "times": 1, "when": 0.0}
+        file.write_text(json.dumps(found | {"curves": dict.fromkeys(found["curves"], one)}))
         monkeypatch.setattr(kernels, "_known", {})
         with pytest.raises(TypeError), pytest.warns(UserWarning, match="measured again"):
             CostCurve.measure(mtp().target, context=16, repeats=1)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from foretell.models.kernels import Measured, remembered
+from foretell.models.kernels import QUIET, Measured, lost, remembered
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
 from foretell.types import Draft
@@ -38,6 +38,7 @@ class CostCurve:
     """
 
     NOISE = 0.1  # by less than that more rows are not faster than fewer
+    SECONDS = 3.0  # after which no further repeat begins
 
     def __init__(self, seconds: dict[int, float], measured: bool = False) -> None:
         self.measured = measured
@@ -62,24 +63,28 @@ class CostCurve:
             numbers = isinstance(taken, list) and len(taken) == len(CURVE_ROWS)
             return numbers and all(isinstance(seconds, float) and 0 < seconds < math.inf for seconds in taken)
 
-        def make(keys: list[str]) -> dict[str, list[float]]:
-            return dict.fromkeys(keys, cls._taken(target, context, repeats))
+        def make(keys: list[str]) -> tuple[dict[str, list[float]], float]:
+            taken, share = cls._taken(target, context, repeats)
+            return dict.fromkeys(keys, taken), share
 
         key, view = f"{type(target.model).__name__} {target.dtype} {context}", target.view()
         parts = Counter((type(part).__name__, *part.names) if isinstance(part, Measured) else (type(part).__name__,)
                         for part in view.modules())  # fmt: skip
         sizes = sorted(map(str, parts.items())), sum(weight.numel() for weight in view.parameters())
         key += " " + hashlib.sha256(str(sizes).encode()).hexdigest()[:12]
-        kept = remembered("curves", [key], right, make) if target.device.type == "cpu" else make([key])
+        kept = remembered("curves", [key], right, make) if target.device.type == "cpu" else make([key])[0]
         return cls(dict(zip(CURVE_ROWS, kept[key], strict=True)), measured=True)
 
     @classmethod
-    def _taken(cls, target: Target, context: int, repeats: int) -> list[float]:
-        """Lower quartiles of repeats, sizes interleaved: a busy moment must not stay on the disk."""
+    def _taken(cls, target: Target, context: int, repeats: int) -> tuple[list[float], float]:
+        """(lower quartiles of repeats, sizes interleaved; the share of the time that other work took)."""
         cache = SlotCache(1, context + CURVE_ROWS[-1])
         lengths_B = torch.tensor([context], device=target.device)
         taken: dict[int, list[float]] = defaultdict(list)
+        end = time.perf_counter() + cls.SECONDS
         for repeat in range(repeats + 1):
+            if repeat > 2 and time.perf_counter() > end:
+                break
             for rows in CURVE_ROWS:
                 ids = torch.zeros(1, rows, dtype=torch.long, device=target.device)
                 start = time.perf_counter()
@@ -87,13 +92,16 @@ class CostCurve:
                 target.logits(out.post_norm_BRD, view=True).argmax(-1).tolist()
                 if repeat:  # the first round warms up
                     taken[rows].append(time.perf_counter() - start)
-        return cls.smooth([sorted(taken[rows])[len(taken[rows]) // 4] for rows in CURVE_ROWS])
+        share = lost(list(zip(*taken.values(), strict=True)))
+        return cls.smooth([sorted(taken[rows])[len(taken[rows]) // 4] for rows in CURVE_ROWS], share <= QUIET), share
 
     @classmethod
-    def smooth(cls, seconds: list[float]) -> list[float]:
-        """Never falling within noise: what more rows took, fewer rows could have taken but for other work."""
+    def smooth(cls, seconds: list[float], quiet: bool = True) -> list[float]:
+        """Never falling within noise: what more rows took, fewer rows could have taken but for other work. A disturbed
+        clock says no more than that.
+        """
         for i in reversed(range(len(seconds) - 1)):
-            if seconds[i + 1] < seconds[i] <= (1 + cls.NOISE) * seconds[i + 1]:
+            if seconds[i + 1] < seconds[i] <= ((1 + cls.NOISE) * seconds[i + 1] if quiet else math.inf):
                 seconds[i] = seconds[i + 1]
         return seconds
 

@@ -1,7 +1,8 @@
 """Which kernel computes a product fastest here, by its number of rows: measured at first use, then read from disk.
 
 A constant cannot be right on two machines: weights packed for oneDNN win at every number of rows on one CPU and lose a
-single row on another. Kernels round differently, so what was chosen once holds for the whole process.
+single row on another. Kernels round differently, so what was chosen once holds for the whole process. What was measured
+while other work took time is marked so on the disk: a later process measures again, and what is quieter stays.
 FORETELL_KERNELS=plain: nothing but PyTorch's own. FORETELL_CACHE: the folder that keeps what was measured.
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ from foretell.runtime import cache_folder, cpu_flags, cpu_model, write_json_atom
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64)  # what is between two is as the greater one, what is beyond as the last
 _BUCKET = [next(i for i, most in enumerate(ROWS) if rows <= most) for rows in range(ROWS[-1] + 1)]
 PLAIN = "plain"
-_SECONDS, _PASSES = 1.0, 8  # that a measurement takes at most; the first pass warms up, one more is always made
+_SECONDS, _PASSES = 1.0, 8  # that a measurement takes, twice as long where it is disturbed; the first pass warms up
 _SAMPLE_BYTES, _PART_BYTES = 128 << 20, 32 << 20  # of weights in turn, more than caches hold; of one weight
 _NOISE = 0.03  # by less than that nothing wins
+QUIET = 0.2  # share of a measurement's time that other work may take: a core that is shared with one more takes a half
+_SOON = 60.0  # seconds in which a busy measurement is made again for the second time; each further time waits longer
 
 _lock = threading.RLock()
-_known: dict[Path, dict[str, dict[str, Any]]] = {}
+_known: dict[Path, dict[str, dict[str, Any]]] = {}  # what this process goes by
 
 
 class Measured(nn.Module):
@@ -124,11 +128,11 @@ def settle(root: nn.Module) -> None:
             member.take(tables[key])
 
 
-def measure(groups: dict[str, list[Measured]]) -> dict[str, list[str]]:
-    """The kernels of each group of equal shapes for each of ROWS. The model's weights in turn, so that none is found in
-    a cache, kernels interleaved; the least time counts, because other work only adds.
+def measure(groups: dict[str, list[Measured]]) -> tuple[dict[str, list[str]], float]:
+    """(the kernels of each group of equal shapes for each of ROWS, the share `lost`). The model's weights in turn, so
+    that none is found in a cache, kernels interleaved; the least time counts, because other work only adds.
     """
-    end = time.perf_counter() + _SECONDS
+    start = time.perf_counter()
     parts: list[Measured] = []
     for members in groups.values():
         size = sum(weight.nbytes for weight in members[0].weights)
@@ -136,21 +140,29 @@ def measure(groups: dict[str, list[Measured]]) -> dict[str, list[str]]:
         parts += [member.part(min(1.0, _PART_BYTES / size)) for member in members[:count]]
     for part in parts:
         part.kernels = tuple(kernel for kernel in part.kernels if part.keep(kernel))
-    least: dict[tuple[str, str], list[float]] = {}
-    for again in range(1 + _PASSES):
-        for i, rows in enumerate(ROWS):
-            for kernel in dict.fromkeys((PLAIN, *(name for part in parts for name in part.kernels))):
-                for part in parts:
-                    if kernel == PLAIN or kernel in part.kernels:
-                        taken = seconds_of(part, kernel, part.like.new_ones(rows, part.width))
-                        times = least.setdefault((part.key, kernel), [float("inf")] * len(ROWS))
-                        times[i] = min(times[i], taken) if again else times[i]
-        if again and time.perf_counter() > end:
+    names = dict.fromkeys((PLAIN, *(name for part in parts for name in part.kernels)))
+    cells = [(part, name) for name, part in product(names, parts) if name in (PLAIN, *part.kernels)]
+    passes: list[list[list[float]]] = []
+    for again, rows in product(range(1 + _PASSES), ROWS):
+        spent = time.perf_counter() - start
+        if passes and spent > (_SECONDS if again > 2 else 2 * _SECONDS):
             break
-    return {
-        key: choose({name: times for (of, name), times in least.items() if of == key}, members[0].most)
-        for key, members in groups.items()
-    }
+        if rows == ROWS[0]:
+            passes.append([])
+        passes[-1].append([seconds_of(part, name, part.like.new_ones(rows, part.width)) for part, name in cells])
+    # the first pass warms up; from less than two more nobody can tell whether they were disturbed
+    whole = [one for one in passes[1:] if len(one) == len(ROWS)]
+    share = lost(whole) if len(whole) > 1 else 1.0
+    least: dict[str, dict[str, list[float]]] = {key: {} for key in groups}
+    for (part, name), times in zip(cells, torch.tensor(whole or passes[:1]).amin(0).T.tolist(), strict=True):
+        least[part.key][name] = [min(pair) for pair in zip(times, least[part.key].get(name, times), strict=True)]
+    return {key: choose(least[key], members[0].most, share <= QUIET) for key, members in groups.items()}, share
+
+
+def lost(passes: Sequence[Any]) -> float:
+    """Share of the time that other work took: what passes over the same things took beyond the least of each."""
+    taken = torch.tensor(passes, dtype=torch.float64)
+    return 1 - float(taken.amin(0).sum() * len(taken) / taken.sum())
 
 
 def seconds_of(part: Measured, kernel: str, x: Tensor) -> float:
@@ -160,13 +172,17 @@ def seconds_of(part: Measured, kernel: str, x: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def choose(seconds: dict[str, list[float]], most: int = 1) -> list[str]:
+def choose(seconds: dict[str, list[float]], most: int = 1, quiet: bool = True) -> list[str]:
     """The kernel for each of ROWS. seconds: {kernel: its time at each of ROWS}.
 
     Beside the plain one those, at most so many, with the least time summed over ROWS, in units of the least of all
-    kernels. None, and no further one, where it hardly wins; within noise one that is kept.
+    kernels. None, and no further one, where it hardly wins; within noise one that is kept. A clock that was disturbed
+    does not tell one number of rows from the next: one kernel for all.
     """
     unit = [min(times) for times in zip(*seconds.values(), strict=True)]
+    if not quiet:
+        whole = {name: sum(t / least for t, least in zip(times, unit, strict=True)) for name, times in seconds.items()}
+        return [min(whole, key=lambda name: whole[name])] * len(ROWS)
 
     def total(kept: tuple[str, ...]) -> float:
         return sum(min(seconds[name][i] for name in (PLAIN, *kept)) / least for i, least in enumerate(unit))
@@ -194,35 +210,65 @@ def machine() -> dict[str, Any]:
         "instructions": cpu_flags(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "marked": True,  # files that do not say how disturbed a measurement was are not believed
     }
 
 
 def remembered(
-    section: str, keys: Iterable[str], right: Callable[[str, Any], bool], make: Callable[[list[str]], dict[str, Any]]
+    section: str,
+    keys: Iterable[str],
+    right: Callable[[str, Any], bool],
+    make: Callable[[list[str]], tuple[dict[str, Any], float]],
 ) -> dict[str, Any]:
-    """{key: value} as measured once on this machine; what is not known, or not `right`, is made and kept on disk."""
-    here = machine()
+    """{key: value} as measured on this machine; what is not known, not `right`, or was measured while the machine was
+    busy is made and kept on disk. make gives values and `lost`; of two measurements the quieter one stays.
+    """
+    here, keys = machine(), list(keys)
     name = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / f"measured-{name}.json"
+
+    def usable(found: dict[str, Any], key: str) -> bool:
+        entry = found.get(key)
+        return isinstance(entry, dict) and all(
+            isinstance(entry.get(number), (int, float)) for number in ("lost", "times", "when")
+        ) and right(key, entry.get("value"))  # fmt: skip
+
     with _lock:
-        if path not in _known:
-            try:
-                _known[path] = _read(path, here)
-            except ValueError as error:
-                warnings.warn(f"{path}: cannot be used ({error}); measured again.", stacklevel=2)
-                _known[path] = {}
-        known = _known[path].setdefault(section, {})
-        keys = list(keys)
-        missing = [key for key in keys if key not in known or not right(key, known[key])]
-        if missing:
-            if any(key in known for key in missing):
-                warnings.warn(f"{path}: wrong entries among its {section}; measured again.", stacklevel=2)
-            known.update(make(missing))
-            with suppress(ValueError):  # what other processes have found meanwhile
-                _known[path][section] = known = _read(path, here).get(section, {}) | known
+        used = _known.setdefault(path, {}).setdefault(section, {})
+        unknown = [key for key in keys if not usable(used, key)]
+        if not unknown:
+            return {key: used[key]["value"] for key in keys}
+        try:
+            found = _read(path, here).get(section, {})
+        except ValueError as error:
+            warnings.warn(f"{path}: cannot be used ({error}); measured again.", stacklevel=2)
+            found = {}
+        used.update({key: found[key] for key in unknown if usable(found, key)})
+        if any(key in found and key not in used for key in unknown):
+            warnings.warn(f"{path}: wrong entries among its {section}; measured again.", stacklevel=2)
+        poor = [key for key in unknown if key not in used or _due(used[key])]
+        if poor:
+            values, share = make(poor)
+            for key in poor:
+                old = used.get(key, {"lost": math.inf, "times": 0})
+                better = {"value": values[key], "lost": share} if share < old["lost"] else {}
+                used[key] = old | better | {"times": old["times"] + 1, "when": time.time()}
+            every: dict[str, dict[str, Any]] = {}
+            with suppress(ValueError):
+                every = _read(path, here)
+            theirs = every.setdefault(section, {})  # what other processes have found meanwhile
+            for key in poor:
+                if not usable(theirs, key) or theirs[key]["lost"] >= used[key]["lost"]:
+                    theirs[key] = used[key]
             with suppress(OSError):  # a folder that cannot be written: the next process measures again
-                write_json_atomic(path, {"machine": here, **_known[path]})
-        return {key: known[key] for key in keys}
+                write_json_atomic(path, {"machine": here, **every})
+        return {key: used[key]["value"] for key in keys}
+
+
+def _due(entry: dict[str, Any]) -> bool:
+    """Whether a measurement was disturbed and should be made again: at the next start, later ever more rarely."""
+    wait = _SOON * (4.0 ** min(entry["times"] - 1, 9) - 1)
+    return entry["lost"] > QUIET and not 0 <= time.time() - entry["when"] < wait
 
 
 def _read(path: Path, here: dict[str, Any]) -> dict[str, dict[str, Any]]:

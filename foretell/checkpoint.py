@@ -110,7 +110,9 @@ def check_target(about: dict[str, Any], target: Target, folder: str | Path) -> N
 
 def check_settings(config: MTPConfig, folder: str | Path) -> None:
     """Raise ValueError if a checkpoint was written by a module of other settings: a resumed run repeats the first."""
-    written, given = read_config(folder)["config"], json.loads(json.dumps(config.to_dict()))
+    written, given = (
+        json.loads(json.dumps(one.to_dict())) for one in (MTPConfig.from_any(read_config(folder)["config"]), config)
+    )
     differ = [
         f"{name}: the checkpoint has {written.get(name)!r}, this run {value!r}"
         for name, value in given.items()

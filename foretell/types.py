@@ -40,6 +40,7 @@ class LossSum:
     total: Tensor  # scalar, differentiable: sum over counted rows
     count: Tensor  # scalar: number of counted rows
     correct: Tensor  # scalar: counted rows whose argmax is the label (or the teacher's argmax)
+    right_N: Tensor | None = None  # of each row, where one loss was asked: whether it is one of `correct`
 
 
 @dataclass

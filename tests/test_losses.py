@@ -10,13 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foretell.ops.losses import default_chunk_rows, depth_weights, linear_loss
+from foretell.ops.losses import default_chunk_rows, depth_weights, dpace, expected_length, linear_loss
 from foretell.types import IGNORE_INDEX, LossSum
 from tests.twins import naive_linear_loss
 
 N, S, D, M = 37, 23, 16, 53
 CHUNK = 8  # does not divide N: the last chunk is short
-KINDS = [("ce", False), ("ce", True), ("kl", True), ("reverse_kl", True), ("tv", True)]
+KINDS = [
+    ("ce", False),
+    ("ce", True),
+    ("kl", True),
+    ("reverse_kl", True),
+    ("tv", True),
+    ("lk", True),
+    ("lk_hybrid", True),
+]
 
 
 def make(
@@ -109,7 +117,7 @@ def test_gradients_only_where_they_are_wanted(kind, teacher):
         assert not linear_loss(**kwargs).total.requires_grad
 
 
-@pytest.mark.parametrize(("kind", "teacher"), KINDS)
+@pytest.mark.parametrize(("kind", "teacher"), [kind for kind in KINDS if kind[0] != "lk_hybrid"])  # a weight is fixed
 def test_gradcheck_in_fp64(kind, teacher):
     kwargs = make(kind, teacher, torch.float64, ignore=True, shared=True, bias=True, capped=True)
     small = {"hidden_ND": 11, "labels_N": 11, "teacher_rows_N": 11}
@@ -276,6 +284,135 @@ def test_no_tensor_of_all_logits_is_ever_made(kind, teacher):
     assert ours.elements == chunk * m
 
 
+@pytest.mark.parametrize(("kind", "teacher"), [("ce", False), ("lk", True)])
+@pytest.mark.parametrize("capped", [False, True])
+def test_groups_of_a_head_that_learns(kind, teacher, capped):
+    """Each group's sum comes back times its own number, to the head too."""
+    kwargs = make(kind, teacher, ignore=True, bias=True, capped=capped)
+    kwargs |= {"groups_N": torch.arange(N) % 5, "groups": 5}
+    found = []
+    for function in (linear_loss, naive_linear_loss):
+        leaves = [kwargs[name] for name in ("hidden_ND", "weight_MD", "bias_M")]
+        loss = function(**kwargs)
+        found.append((loss, torch.autograd.grad((loss.total * torch.arange(1.0, 6.0)).sum(), leaves)))
+    (loss, grads), (wanted, wanted_grads) = found
+    assert off(loss.total, wanted.total) < FP32
+    assert torch.equal(loss.count, wanted.count) and torch.equal(loss.correct, wanted.correct)
+    assert torch.equal(loss.right_N, wanted.right_N)
+    assert all(off(grad, wanted_grad) < FP32 for grad, wanted_grad in zip(grads, wanted_grads, strict=True))
+
+
+def test_a_part_of_a_head_learns():
+    kwargs = make("kl", True, ignore=True)
+    wanted = run(linear_loss, kwargs)[1]
+    got = run(linear_loss, {**kwargs, "learned_from": 3})[1]
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1][:, 3:], wanted[1][:, 3:])
+    assert not got[1][:, :3].any()
+
+
+def test_lk_of_one_label_is_cross_entropy():
+    kwargs = make("lk", True)
+    logits_NM = kwargs["hidden_ND"].detach() @ kwargs["weight_MD"].detach().T
+    labels_N = logits_NM.topk(3)[1][:, 2]
+    peaked = {"teacher_hidden_ND": F.one_hot(labels_N, M).float() * 200.0, "teacher_weight_MD": torch.eye(M)}
+    found, grads = run(linear_loss, kwargs | peaked)
+    hard = {"hidden_ND": kwargs["hidden_ND"], "weight_MD": kwargs["weight_MD"], "labels_N": labels_N}
+    wanted, wanted_grads = run(linear_loss, hard)
+    assert off(found.total, wanted.total) < FP32
+    assert off(grads[0], wanted_grads[0]) < FP32 and off(grads[1], wanted_grads[1]) < FP32
+
+
+# K depths that read one row's states, of which some do not count
+DEPTHS = 3
+
+
+def together(reduce: Any, kind: str, learns: bool, shift: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Totals of the depths, and gradients of a weighted sum; shift: teacher rows that are so many places off."""
+    g = torch.Generator().manual_seed(1)
+    base = make("tv", True)
+    weight_MD = base["weight_MD"].detach().requires_grad_(learns)
+    hidden = [
+        (base["hidden_ND"] + 0.3 * torch.randn(N, D, generator=g)).detach().requires_grad_() for _ in range(DEPTHS)
+    ]
+    each = []
+    for k, hidden_ND in enumerate(hidden):
+        labels_N = torch.where(torch.rand(N, generator=g) < 0.25, IGNORE_INDEX, 1)
+        rows_N = (torch.arange(N) + k + shift) % N
+        each.append(reduce.linear(
+            hidden_ND, weight_MD, labels_N=labels_N, kind=kind, chunk_rows=CHUNK, teacher_rows_N=rows_N,
+            teacher_hidden_ND=base["teacher_hidden_ND"], teacher_weight_MD=base["teacher_weight_MD"],
+            groups_N=torch.arange(N), groups=N,
+        ))  # fmt: skip
+    totals = reduce.over(each)
+    leaves = [*hidden, weight_MD] if learns else hidden
+    grads = torch.autograd.grad(sum((k + 1) * total for k, total in enumerate(totals)), leaves)
+    return totals, list(grads)
+
+
+class Ours:
+    linear = staticmethod(linear_loss)
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+
+    def over(self, each: list[LossSum]) -> list[Tensor]:
+        found = expected_length(each) if self.name == "e2e_tv" else dpace(each, self.kind)
+        assert [int(loss.count) for loss in found] == [int(loss.count.sum()) for loss in each]
+        return [loss.total for loss in found]
+
+
+class Dense(Ours):
+    """Row by row and depth by depth, as the papers write it."""
+
+    linear = staticmethod(naive_linear_loss)
+
+    def over(self, each: list[LossSum]) -> list[Tensor]:
+        totals = [torch.zeros(()) for _ in each]
+        for n in range(N):
+            counted = [k for k in range(DEPTHS) if int(each[k].count[n])]
+            for j in counted:
+                chances = [1 - each[i].total[n] if self.kind == "tv" else (-each[i].total[n]).exp() for i in counted]
+                if self.name == "e2e_tv":
+                    reached = torch.ones(())
+                    for i, chance in zip(counted, chances, strict=True):
+                        reached = reached * chance if i <= j else reached
+                    totals[j] = totals[j] + 1 - reached
+                    continue
+                weight = 0.0
+                for m in counted:
+                    if m >= j:
+                        terms = [0.5 * float(c.detach()) + 0.5 for i, c in zip(counted, chances, strict=True) if i <= m]
+                        weight += float(torch.tensor(terms).prod())
+                totals[j] = totals[j] + weight * each[j].total[n]
+        return totals
+
+
+JOINT = [("e2e_tv", "tv"), ("dpace", "ce"), ("dpace", "tv"), ("dpace", "lk")]
+
+
+@pytest.mark.parametrize(("name", "kind"), JOINT)
+@pytest.mark.parametrize("learns", [False, True], ids=["head fixed", "head learns"])
+def test_depths_together_equal_the_papers_sums(name, kind, learns):
+    totals, grads = together(Ours(name, kind), kind, learns)
+    wanted, wanted_grads = together(Dense(name, kind), kind, learns)
+    shifted, shifted_grads = together(Dense(name, kind), kind, learns, shift=1)
+    # products of three chances, and sums over rows
+    assert all(off(total, one) < 10 * FP32 for total, one in zip(totals, wanted, strict=True))
+    for grad, one, other in zip(grads, wanted_grads, shifted_grads, strict=True):
+        assert off(grad, one) < 10 * FP32
+        assert min(off(wrong, one) for wrong in (0 * grad, -grad, 2 * grad, other)) > 0.1, "the gate can fail"
+    assert all(off(other, one) > 1e-3 for other, one in zip(shifted, wanted, strict=True))
+
+
+def test_expected_length_by_hand():
+    """Of two depths one row reaches .8 and .8 * .5; another counts at the second only; a third not at all."""
+    tv = [torch.tensor([0.2, 0.0, 0.0]), torch.tensor([0.5, 0.25, 0.0])]
+    count = [torch.tensor([1, 0, 0]), torch.tensor([1, 1, 0])]
+    first, second = expected_length([LossSum(t, c, 0 * c) for t, c in zip(tv, count, strict=True)])
+    assert float(first.total) == pytest.approx(0.2) and float(second.total) == pytest.approx(0.6 + 0.25)
+    assert (int(first.count), int(second.count)) == (1, 2)
+
+
 def test_ignored_rows_and_shared_teachers_cost_no_product():
     n, m, depths = 120, 1000, 4
     g = torch.Generator().manual_seed(0)
@@ -326,7 +463,7 @@ def test_depth_weights():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "mse"}, "unknown loss kind 'mse', choose one of ce, kl, reverse_kl, tv"),
+        ({"kind": "mse"}, "unknown loss kind 'mse', choose one of ce, kl, reverse_kl, tv, lk, lk_hybrid"),
         ({"hidden_ND": torch.zeros(2, 3, D)}, r"\(2, 3, 16\) .* wanted \[N, D\] and \[M, D\]. Flatten"),
         ({"weight_MD": torch.zeros(M, D + 1)}, r"weight_MD: got shape \(53, 17\), wanted \(53, 16\)"),
         ({"labels_N": torch.zeros(N + 1, dtype=torch.long)}, r"labels_N: got shape \(38,\), wanted \(37,\)"),

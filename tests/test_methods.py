@@ -397,7 +397,13 @@ def plain_logits(mtp: MTPModel, states: Tensor, detach: bool) -> Tensor:
 
 
 def plain_losses(
-    mtp: MTPModel, docs: list[Document], supervision: str, kind: str, detach: bool, shift: int = 0
+    mtp: MTPModel,
+    docs: list[Document],
+    supervision: str,
+    kind: str,
+    detach: bool,
+    shift: int = 0,
+    dynamic: bool = False,
 ) -> list:
     """(total, count, correct) of each depth over documents, by plain autograd. shift: a deliberate mistake."""
     reference = REFERENCES[mtp.mtp_config.method](mtp)
@@ -410,8 +416,16 @@ def plain_losses(
         states, after = reference(ids, detach)
         with torch.no_grad():
             teacher = plain_logits(mtp, after[0], detach)
+        said_of: dict[int, dict[int, Tensor]] = {i: {} for i in range(len(ids))}  # by place and depth
         for k in range(1, K + 1):
-            student = plain_logits(mtp, states[k - 1][0], detach)[:, kept].log_softmax(-1)
+            student = plain_logits(mtp, states[k - 1][0], detach)[:, kept]
+            bigram = mtp.module.bigram
+            if bigram is not None:  # before scaling, as the head's own products
+                before = torch.tensor([*ids[k:], *ids[:k]])[: len(ids)]
+                cap = getattr(mtp.target.config, "final_logit_softcapping", None)
+                assert cap is None, "the plain way adds to what was scaled already"
+                student = student + bigram.before.weight[before] @ bigram.after.weight.T
+            student = student.log_softmax(-1)
             for i in range(len(ids) - k - 1):
                 label = labels[i + k + 1 - shift]
                 if label == IGNORE_INDEX:
@@ -425,6 +439,8 @@ def plain_losses(
                         "kl": (q * (logq - logp)).sum(),
                         "reverse_kl": (p * (logp - logq)).sum(),
                         "tv": (p - q).abs().sum() / 2,
+                        "e2e_tv": (p - q).abs().sum() / 2,
+                        "lk": -torch.minimum(p, q).sum().log(),
                     }[kind]
                     wanted = int(logq.argmax())
                 else:
@@ -433,9 +449,18 @@ def plain_losses(
                         continue
                     wanted = place[token]
                     loss = -logp[wanted]
-                out[k - 1][0] = out[k - 1][0] + loss
+                said_of[i][k] = loss
                 out[k - 1][1] += 1
                 out[k - 1][2] += int(logp.argmax()) == wanted
+        for rows in said_of.values():
+            for k, loss in rows.items():
+                if kind == "e2e_tv":
+                    loss = 1 - torch.stack([1 - one for j, one in rows.items() if j <= k]).prod()
+                elif dynamic:
+                    reach = [torch.stack([0.5 * torch.exp(-rows[i].detach()) + 0.5 for i in rows if i <= m]).prod()
+                             for m in rows if m >= k]  # fmt: skip
+                    loss = sum(reach) * loss
+                out[k - 1][0] = out[k - 1][0] + loss
     return out
 
 
@@ -479,6 +504,30 @@ def test_losses_equal_plain_autograd_over_all_logits(method, supervision, kind, 
     if supervision == "labels":
         shifted = plain_losses(mtp, docs, supervision, kind, detach=True, shift=1)
         assert all(off(loss.total, total) > 100 * FP32 for loss, (total, _, _) in zip(losses, shifted, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["standalone", "joint"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("supervision", "kind", "dynamic"), [("teacher", "lk", True), ("teacher", "e2e_tv", False), ("labels", "ce", True)]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_depths_of_a_row_together_equal_plain_autograd(method, supervision, kind, dynamic, rank, mode):
+    """With rank, a bigram goes through every method's logits."""
+    mtp = make(method, depth=3, draft_vocab_size=41, markov_rank=rank).train()
+    arguments = {"mtp_training_mode": mode, "mtp_supervision": supervision, "mtp_loss": kind}
+    losses = backward(mtp, packed(ROWS), train_target=mode == "joint", mtp_dynamic=dynamic, **arguments)
+    found = gradients(mtp)
+    mtp.zero_grad()
+    docs = [doc for row in ROWS for doc in row]
+    wanted = plain_losses(mtp, docs, supervision, kind, detach=mode == "standalone", dynamic=dynamic)
+    sum(c * total for c, (total, _, _) in zip(COEFFICIENTS, wanted)).backward()
+    for loss, (total, count, correct) in zip(losses, wanted, strict=True):
+        assert off(loss.total, total) < FP32
+        assert (int(loss.count), int(loss.correct)) == (count, correct)
+    assert_close(found, gradients(mtp), tolerance=1e-4)
+    apart = plain_losses(mtp, docs, supervision, "tv" if kind == "e2e_tv" else kind, detach=True)
+    assert all(off(loss.total, total) > 0.01 for loss, (total, _, _) in zip(losses[1:], apart[1:], strict=True))
 
 
 @pytest.mark.parametrize("supervision", ["labels", "teacher", "teacher_hard"])

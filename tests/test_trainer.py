@@ -605,3 +605,91 @@ def test_settings_that_contradict_each_other_come_in_one_error(tmp_path):
         trainer_of(make(), tmp_path, mtp_training_mode="disabled", train_target=False)
     with pytest.raises(ValueError, match="packing needs max_length"):
         trainer_of(make(), tmp_path, packing=True, max_length=None)
+
+
+# -- Muon, and depth 1 first -------------------------------------------------------------------------------------------
+
+
+def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(tmp_path):
+    plan = {"max_steps": 1, "learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    found = {}
+    for name, rate in (("adamw", None), ("muon", 3e-2), ("double", 6e-2)):
+        mtp = make()
+        before = {key: p.detach().clone() for key, p in mtp.module.named_parameters()}
+        trainer = trainer_of(mtp, tmp_path / name, mtp_muon_learning_rate=rate, **plan)
+        grads = {}
+        whole = trainer._get_grad_norm
+
+        def keep(model, grad_norm=None, mtp=mtp, grads=grads, whole=whole):  # after the clipping, before the step
+            grads |= {key: p.grad.clone() for key, p in mtp.module.named_parameters()}
+            return whole(model, grad_norm=grad_norm)
+
+        trainer._get_grad_norm = keep
+        trainer.train()
+        found[name] = before, grads, dict(mtp.module.named_parameters())
+    before, grads, after = found["muon"]
+    names = [key for key, p in after.items() if p.dim() == 2]
+    assert len(mtp.module.matrices()) == len(names) > 10
+    own = {key: torch.nn.Parameter(before[key].clone()) for key in names}
+    muon = torch.optim.Muon(own.values(), lr=3e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for key, parameter in own.items():
+        parameter.grad = grads[key]
+    muon.step()
+    for key, parameter in after.items():
+        if key in own:
+            assert torch.equal(parameter, own[key]), key
+            assert not torch.equal(parameter, found["adamw"][2][key]) and not torch.equal(
+                parameter, found["double"][2][key]
+            )
+        else:
+            assert torch.equal(parameter, found["adamw"][2][key]), key
+    own_step = {key: after[key].detach() - before[key] for key in names}
+    sizes = [float(step.pow(2).mean().sqrt()) / 3e-2 for step in own_step.values()]
+    assert all(0.05 < size < 0.5 for size in sizes), "of AdamW's size: about a fifth of the rate"
+
+
+def test_muon_and_depth_one_first_resume_to_the_last_bit(tmp_path):
+    plan = {"max_steps": 12, "save_steps": 6, "save_strategy": "steps", "mtp_muon_learning_rate": 1e-2}
+    plan |= {"mtp_depth_one_first": 0.7, "mtp_learning_rate": 3e-3, "save_total_limit": None}
+    whole = make(seed=1)
+    wanted = run(whole, tmp_path / "whole", **plan)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+    resumed = make(seed=5)
+    trainer = trainer_of(resumed, tmp_path / "again", **plan)
+    trainer.train(resume_from_checkpoint=True)
+    own = dict(whole.module.named_parameters())
+    assert all(torch.equal(p, own[key]) for key, p in resumed.module.named_parameters())
+    assert ["accuracy_2" in step for step in wanted[:12]] == [False] * 9 + [True] * 3, "8.4 steps of depth 1"
+
+
+@pytest.mark.parametrize("method", [{}, {"method": "heads", "initialisation": None}, {"method": "masked"}], ids=str)
+def test_depth_one_alone_is_a_run_of_depth_one(method, tmp_path):
+    """While depth 1 learns alone it does so as in a module that has no other."""
+    method = {k: v for k, v in method.items() if v is not None}
+    kind = method.get("method", "sequential")
+    shared = {"shared_module": True} if kind == "sequential" else {}
+    extra = {"dropout": 0.0} if kind == "heads" else {}
+    losses = []
+    for depth, first in ((1, 0.0), (2, 0.75)):
+        target = tiny_model()
+        torch.manual_seed(0)
+        mtp = get_mtp_model(target, {"method": kind, "depth": depth, **shared, **extra})
+        plan = {"max_steps": 4, "learning_rate": 1e-2, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        logged = run(mtp, tmp_path / f"{kind}-{depth}", **plan, mtp_depth_one_first=first, weight_decay=0.0)
+        losses.append([step["mtp_loss"] for step in logged if "mtp_loss" in step])
+    if kind == "masked":  # a second mask's embedding starts as another number; the first is the same
+        assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    else:
+        assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
+    assert losses[0][3] != pytest.approx(losses[1][3], rel=1e-3), "then both learn"
+
+
+def test_bad_optimizers_and_shares_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mtp_muon_learning_rate: got SGD, wanted AdamW"):
+        trainer_of(make(), tmp_path, mtp_muon_learning_rate=1e-3, optim="sgd").train()
+    with pytest.raises(ValueError, match="mtp_depth_one_first: got 1.0, wanted at least 0 and below 1"):
+        trainer_of(make(), tmp_path, mtp_depth_one_first=1.0)
+    with pytest.raises(ValueError, match="use ce, which is -log of a label's acceptance too"):
+        trainer_of(make(), tmp_path, mtp_loss="lk")
+    with pytest.raises(ValueError, match="dpace reads acceptance off ce, tv or lk, got mtp_loss=e2e_tv"):
+        trainer_of(make(), tmp_path, mtp_supervision="teacher", mtp_loss="e2e_tv", mtp_depth_weights="dpace")

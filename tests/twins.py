@@ -54,6 +54,7 @@ def naive_linear_loss(
     logit_scale: float = 1.0,
     groups_N: Tensor | None = None,
     groups: int | None = None,
+    learned_from: int = 0,
     chunk_rows: int | None = None,
 ) -> LossSum:
     """linear_loss with all logits at once and plain autograd: the twin that a reader can check by eye."""
@@ -87,16 +88,25 @@ def naive_linear_loss(
             "kl": lambda: (q_NM * (logq_NM - logp_NM)).sum(-1),
             "reverse_kl": lambda: (p_NM * (logp_NM - logq_NM)).sum(-1),
             "tv": lambda: 0.5 * (p_NM - q_NM).abs().sum(-1),
+            "lk": lambda: -torch.minimum(p_NM, q_NM).sum(-1).log(),
+            "lk_hybrid": lambda: _lk_hybrid(p_NM, q_NM),
         }[kind]()
-    right_N = x_NM.argmax(-1) == wanted_N
+    right_N = (x_NM.argmax(-1) == wanted_N) & counted_N
     if groups is None:
-        return LossSum(loss_N[counted_N].sum(), counted_N.sum(), (right_N & counted_N).sum())
+        return LossSum(loss_N[counted_N].sum(), counted_N.sum(), right_N.sum(), right_N)
     each = [counted_N & (groups_N == g) for g in range(groups)]
     return LossSum(
         torch.stack([loss_N[rows_N].sum() for rows_N in each]),
         torch.stack([rows_N.sum() for rows_N in each]),
         torch.stack([(right_N & rows_N).sum() for rows_N in each]),
+        right_N,
     )
+
+
+def _lk_hybrid(p_NM: Tensor, q_NM: Tensor) -> Tensor:
+    """LK's second loss: from KL to TV as acceptance grows (arXiv 2602.23881, eta = 3)."""
+    e_N = torch.exp(-3.0 * torch.minimum(p_NM, q_NM).sum(-1)).detach()
+    return e_N * (q_NM * (q_NM / p_NM).log()).sum(-1) + (1 - e_N) * 0.5 * (p_NM - q_NM).abs().sum(-1)
 
 
 def encode_row(

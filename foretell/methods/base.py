@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from foretell.config import ConfigError, from_dict
 from foretell.methods.reading import below_text, owners_of
+from foretell.models.bigram_head import BigramHead
 from foretell.models.fast import fast_view
 from foretell.models.target import Target, TargetRows
-from foretell.ops.losses import linear_loss
+from foretell.ops.losses import dpace, expected_length, linear_loss
 from foretell.ops.sampling import draw, over_vocabulary, to_probs
 from foretell.ops.shift import ahead, labels_of
 from foretell.types import IGNORE_INDEX, Batch, LossSum
@@ -34,9 +35,9 @@ METHODS = {
 GradientMode = Literal["disabled", "standalone", "joint"]
 Supervision = Literal["labels", "teacher", "teacher_hard", "student_forced", "student_forced_soft", "student_forced_gt"]
 SOFT: tuple[Supervision, ...] = ("teacher", "student_forced_soft")  # learned from a distribution, by any kind of loss
-LossKind = Literal["ce", "kl", "reverse_kl", "tv"]
+LossKind = Literal["ce", "kl", "reverse_kl", "tv", "lk", "lk_hybrid", "e2e_tv"]
 REREADS: tuple[Supervision, ...] = ("student_forced", "student_forced_soft")  # the teacher reads proposals
-DepthWeights = Literal["uniform", "harmonic", "exponential", "rows"]
+DepthWeights = Literal["uniform", "harmonic", "exponential", "rows", "dpace"]
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,12 @@ class MTPConfig:
     draft_vocab_size: int | None = field(
         default=None, metadata={"help": "Draft only the most frequent tokens; lossless all the same."}
     )
+    markov_rank: int = field(
+        default=0, metadata={"help": "Rank of a bigram added to the drafts' logits (DSpark's Markov head); 0: none."}
+    )
+    confidence_head: bool = field(
+        default=False, metadata={"help": "A head that learns whether a draft is accepted; trees grow by what it says."}
+    )
 
     def build(self, target: Target) -> Any:
         """The method's nn.Module for a target, initialised."""
@@ -64,6 +71,8 @@ class MTPConfig:
             found.append(f"depth: got {self.depth!r}, wanted an integer of at least 1.")
         if self.draft_vocab_size is not None and self.draft_vocab_size < 2:
             found.append(f"draft_vocab_size: got {self.draft_vocab_size}, wanted at least 2 tokens, or none for all.")
+        if not isinstance(self.markov_rank, int) or self.markov_rank < 0:
+            found.append(f"markov_rank: got {self.markov_rank!r}, wanted a whole number, 0 for none.")
         return found
 
     def __post_init__(self) -> None:
@@ -112,6 +121,10 @@ class MTPModule(nn.Module):
             raise ValueError(f"draft_vocab_size: got {size}, wanted at most the model's {target.vocab_size}.")
         # until set_draft_vocabulary: the lowest ids, often bytes and short words
         self.register_buffer("draft_vocab_ids", None if size is None else torch.arange(size, device=target.device))
+        self.bigram: BigramHead | None = None
+        if config.markov_rank or config.confidence_head:
+            vocabulary = target.vocab_size if size is None else size
+            self.bigram = BigramHead(target, config.markov_rank, config.confidence_head, vocabulary)
 
     @property
     def longest_draft(self) -> int:
@@ -133,6 +146,12 @@ class MTPModule(nn.Module):
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters that weight decay leaves alone: gains of norms and biases."""
         return [parameter for parameter in self.parameters() if parameter.dim() < 2]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Weights that Muon is for: of linear maps between states, not of embeddings nor of output matrices."""
+        linears = (part.weight for part in self.modules() if isinstance(part, nn.Linear))
+        vocabulary = None if self.bigram is None or self.bigram.after is None else self.bigram.after.weight
+        return [w for w in linears if w.requires_grad and w is not vocabulary and len(w) > 1]
 
     def as_peft(self, target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Settings and tensors of a plain PEFT adapter, where the module is one; state: its tensors, whole."""
@@ -185,18 +204,17 @@ class MTPModule(nn.Module):
         ids, states = [first_BO], []
         for k, state_BTD in enumerate(self.depth_states(target, batch, source_BTD, detach), start=1):
             states.append(state_BTD.gather(1, owner_BO[..., None].expand(-1, -1, state_BTD.shape[2])))
-            ids.append(self.guess(target, states[-1], k))
+            ids.append(self.guess(target, states[-1], k, ids[-1]))
         return torch.stack(ids[:-1], dim=-1), states
 
     @torch.no_grad()
-    def guess(self, target: Target, states: Tensor, k: int, sample: bool = False) -> Tensor:
-        """[...] the tokens that depth k says, of states [..., D]: the likeliest or drawn ones, a chunk of rows at a
-        time.
+    def guess(self, target: Target, states: Tensor, k: int, before: Tensor, sample: bool = False) -> Tensor:
+        """[...] the tokens that depth k says, of states [..., D] and the tokens before: the likeliest or drawn ones, a
+        chunk of rows at a time.
         """
-        weight_MD, bias_M = self.unembedding(target, k, detach=True)
         chosen = []
-        for part_ND in states.reshape(-1, states.shape[-1]).split(256):
-            logits_NM = target.scaled(F.linear(part_ND, weight_MD.to(part_ND.dtype), bias_M))
+        for part_ND, before_N in zip(states.flatten(0, -2).split(256), before.flatten().split(256), strict=True):
+            logits_NM = self.logits(target, part_ND, k, before_N)
             chosen.append(draw(to_probs(logits_NM)) if sample else logits_NM.argmax(-1))
         ids = torch.cat(chosen).view(states.shape[:-1])
         return ids if self.draft_vocab_ids is None else self.draft_vocab_ids[ids]
@@ -223,6 +241,13 @@ class MTPModule(nn.Module):
             small.register_forward_pre_hook(lambda _small, given: (given[0].to(weight.dtype),))
         return fast_view(nn.Sequential(small), dtype)[0]
 
+    @torch.no_grad()
+    def logits(self, target: Target, states: Tensor, k: int, before: Tensor) -> Tensor:
+        """[..., M] of depth k, of states [..., D] and the tokens before the predicted ones."""
+        weight_MD, bias_M = self.unembedding(target, k, detach=True)
+        logits = F.linear(states, weight_MD.to(states.dtype), bias_M)
+        return target.scaled(logits if self.bigram is None else self.bigram.added(logits, before))
+
     def unembedding(self, target: Target, depth: int, detach: bool) -> tuple[Tensor, Tensor | None]:
         """The output head of a depth (1-based), as target_head; by default the target's own."""
         return self.target_head(target, detach)
@@ -241,14 +266,17 @@ class MTPModule(nn.Module):
         supervision: Supervision,
         kind: LossKind,
         coefficients_K: Tensor | None = None,
+        dynamic: bool = False,
+        depths: int | None = None,
     ) -> list[LossSum]:
         """One LossSum a depth. detach: `standalone`, no gradient to states, embeddings or output head of the target.
 
         rows: as `read` gave them. coefficients_K: what the depths' totals will be multiplied by; only a stream asks.
+        dynamic: rows weigh as D-PACE says. depths: only so many learn; the others are not even read, and are zeros.
         """
         assert rows is not None, "this method reads the target's states"
         if supervision in REREADS:
-            return self.losses_of_proposals(target, batch, rows, detach, supervision, kind)
+            return self.losses_of_proposals(target, batch, rows, detach, supervision, kind, dynamic, depths)
         source_BTD, post_BTD = self.source(rows), rows.post_norm_BRD.detach()
         labels_BTK = self.labels(batch)
         if supervision == "teacher_hard":
@@ -257,36 +285,87 @@ class MTPModule(nn.Module):
             labels_BTK = self.to_draft_ids(labels_BTK, target.vocab_size)
         teacher_MD, teacher_bias_M = self.target_head(target, detach=True)
         T, D = post_BTD.shape[1], post_BTD.shape[2]
-        out = []
-        for k, state_BTD in enumerate(
-            self.depth_states(target, batch, source_BTD.detach() if detach else source_BTD, detach), start=1
-        ):
-            teacher = {}
+        learned, said = range(1, (depths or self.config.depth) + 1), []
+        states = self.depth_states(target, batch, source_BTD.detach() if detach else source_BTD, detach)
+        for k, state_BTD in zip(learned, states, strict=False):
+            what: dict[str, Any] = {"labels_N": labels_BTK[..., k - 1].reshape(-1)}
             if supervision == "teacher":
                 at = torch.arange(post_BTD.shape[0] * T, device=post_BTD.device)
-                teacher = {
+                what |= {
                     "teacher_hidden_ND": post_BTD.reshape(-1, D),
                     "teacher_weight_MD": teacher_MD,
                     "teacher_bias_M": teacher_bias_M,
                     # position i of depth k learns from what the target says k later; past the row's end nothing counts
                     "teacher_rows_N": torch.where(at % T + k < T, at + k, at),
                 }
-            weight_MD, bias_M = self.unembedding(target, k, detach)
-            out.append(
-                linear_loss(
-                    state_BTD.reshape(-1, D),
-                    weight_MD,
-                    labels_N=labels_BTK[..., k - 1].reshape(-1),
-                    kind=kind,
-                    bias_M=bias_M,
-                    **target.loss_scaling,
-                    **teacher,
-                )
-            )
+            before_N = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)[0].flatten()
+            said.append(self.depth_loss(target, state_BTD.reshape(-1, D), k, before_N, detach, kind, dynamic, **what))
+        return self._all_depths(said, kind, dynamic)
+
+    def depth_loss(
+        self,
+        target: Target,
+        states_ND: Tensor,
+        k: int,
+        before_N: Tensor,
+        detach: bool,
+        kind: LossKind,
+        dynamic: bool,
+        **what: Any,
+    ) -> tuple[LossSum, Tensor | None]:
+        """(linear_loss of depth k, one row a group where depths are weighed together; [N] of the confidence's own loss,
+        zero where nothing counts). what: labels and a teacher.
+        """
+        if kind == "e2e_tv" or dynamic:
+            what = {"groups_N": torch.arange(len(states_ND), device=states_ND.device), "groups": len(states_ND), **what}
+        found = linear_loss(
+            **self.spoken(target, states_ND, k, before_N, detach), kind="tv" if kind == "e2e_tv" else kind, **what
+        )
+        return found, self._confidence_loss(states_ND, before_N, found.right_N, what["labels_N"])
+
+    def spoken(self, target: Target, states_ND: Tensor, k: int, before_N: Tensor, detach: bool) -> dict[str, Any]:
+        """What linear_loss takes of the student: depth k's states and head, the bigram in both."""
+        weight_MD, bias_M = self.unembedding(target, k, detach)
+        learned_from = 0 if weight_MD.requires_grad else weight_MD.shape[1]
+        if self.bigram is not None:
+            states_ND, weight_MD = self.bigram.widened(states_ND, weight_MD, before_N)
+        shape = {"learned_from": learned_from} if weight_MD.requires_grad else {}
+        return {"hidden_ND": states_ND, "weight_MD": weight_MD, "bias_M": bias_M, **shape, **target.loss_scaling}
+
+    def _confidence_loss(
+        self, states_ND: Tensor, before_N: Tensor, right_N: Tensor | None, labels_N: Tensor
+    ) -> Tensor | None:
+        if self.bigram is None or self.bigram.sure is None or right_N is None:
+            return None
+        sure_N = self.bigram.sureness(states_ND, before_N)
+        loss_N = F.binary_cross_entropy_with_logits(sure_N, right_N.to(sure_N.dtype), reduction="none")
+        return loss_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)
+
+    def _all_depths(self, said: list[tuple[LossSum, Tensor | None]], kind: str, dynamic: bool) -> list[LossSum]:
+        """One LossSum a depth: rows weighed over their depths where the loss says so, and depths that do not learn now,
+        connected to every parameter all the same: other ranks wait for the gradients.
+        """
+        out = [found for found, _ in said]
+        if kind == "e2e_tv" or dynamic:
+            out = expected_length(out) if kind == "e2e_tv" else dpace(out, kind)
+        for found, (_, sure_N) in zip(out, said, strict=True):
+            found.total = found.total if sure_N is None else found.total + sure_N.sum()
+        if len(out) < self.config.depth:
+            nothing = torch.zeros_like(out[0].count)
+            idle = sum((0.0 * p.sum() for p in self.parameters() if p.requires_grad), 0.0 * out[0].total)
+            out += [LossSum(idle, nothing, nothing) for _ in range(self.config.depth - len(out))]
         return out
 
     def losses_of_proposals(
-        self, target: Target, batch: Batch, rows: TargetRows, detach: bool, supervision: Supervision, kind: LossKind
+        self,
+        target: Target,
+        batch: Batch,
+        rows: TargetRows,
+        detach: bool,
+        supervision: Supervision,
+        kind: LossKind,
+        dynamic: bool,
+        depths: int | None,
     ) -> list[LossSum]:
         """One LossSum a depth, of chains that read what they drafted (methods/student_forced.py says why).
 
@@ -304,22 +383,22 @@ class MTPModule(nn.Module):
         ids_BOK, states = self.propose(target, batch, source_BTD, owner_BO, first_BO, detach)
         read_BOKD = below_text(teacher, batch, owner_BO, valid_BO, ids_BOK.shape[2]).reread(ids_BOK)
         teacher_MD, teacher_bias_M = self.target_head(teacher, detach=True)
-        out = []
-        for k, state_BOD in enumerate(states, start=1):
+        said = []
+        for k, state_BOD in enumerate(states[:depths], start=1):
             counts_BO = (labels_BTK[..., k - 1].gather(1, owner_BO) != IGNORE_INDEX) & valid_BO
             read_ND = read_BOKD[:, :, k - 1].flatten(0, 1)
-            what: dict[str, Any] = {"kind": "ce"}
+            what: dict[str, Any] = {}
             if supervision in SOFT:
-                what = {"kind": kind, "teacher_hidden_ND": read_ND, "teacher_weight_MD": teacher_MD}
+                what = {"teacher_hidden_ND": read_ND, "teacher_weight_MD": teacher_MD}
                 what |= {"teacher_bias_M": teacher_bias_M, "teacher_rows_N": at_N}
                 label_N = first_BO.flatten()  # says no more than that the row counts
             else:
                 label_N = chosen_tokens(teacher.logits, read_ND, at_N)
                 label_N = label_N if self.draft_vocab_ids is None else self.to_draft_ids(label_N, target.vocab_size)
-            weight_MD, what["bias_M"] = self.unembedding(target, k, detach)
-            label_N = label_N.masked_fill(~counts_BO.flatten(), IGNORE_INDEX)
-            out.append(linear_loss(state_BOD.flatten(0, 1), weight_MD, labels_N=label_N, **target.loss_scaling, **what))
-        return out
+            what["labels_N"] = label_N.masked_fill(~counts_BO.flatten(), IGNORE_INDEX)
+            before_N = ids_BOK[..., k - 1].flatten()
+            said.append(self.depth_loss(target, state_BOD.flatten(0, 1), k, before_N, detach, kind, dynamic, **what))
+        return self._all_depths(said, kind, dynamic)
 
     def to_draft_ids(self, labels: Tensor, vocab_size: int) -> Tensor:
         """Labels as indices into the draft vocabulary, IGNORE_INDEX where they are not in it."""
@@ -349,8 +428,7 @@ class MTPModule(nn.Module):
         """[B, T, K, V]: what depth k says at t about token t+1+k; -inf for tokens outside the draft vocabulary."""
         out = []
         for k, state_BTD in enumerate(self.depth_states(target, batch, self.source(rows), detach=True), start=1):
-            weight_MD, bias_M = self.unembedding(target, k, detach=True)
-            logits = target.scaled(F.linear(state_BTD, weight_MD.to(state_BTD.dtype), bias_M))
+            logits = self.logits(target, state_BTD, k, ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)[0])
             out.append(over_vocabulary(logits, self.draft_vocab_ids, target.vocab_size))
         return torch.stack(out, dim=2)
 

@@ -171,6 +171,11 @@ class HeadsModule(MTPModule):
         output = self.heads[depth - 1].output
         return output.weight, output.bias
 
+    def matrices(self) -> list[nn.Parameter]:
+        """See MTPModule."""
+        outputs = {id(head.output.weight) for head in self.heads if head.output is not None}
+        return [weight for weight in super().matrices() if id(weight) not in outputs]
+
     def drafter(self, target: Target, dtype: str = "auto") -> HeadsDrafter:
         """A drafter over the heads' current weights; dtype: see generate's draft_dtype."""
         return HeadsDrafter(self, target, dtype)

@@ -43,6 +43,8 @@ class Learning(nn.Module):
         mtp_loss: LossKind = "ce",
         train_target: bool = False,
         mtp_coefficients: Tensor | None = None,
+        mtp_dynamic: bool = False,
+        mtp_depths: int | None = None,
         outputs: bool = False,
         stay: bool = False,
         **inputs: Tensor,
@@ -50,7 +52,8 @@ class Learning(nn.Module):
         """Sums and counts of the losses; nothing is divided here (training/objective.py does that, once).
 
         inputs as made by MTPCollator. mtp_coefficients [K]: what the caller will multiply the depths' totals by, up to
-        one factor for all; a text longer than a masked module's chunk_size needs it where they differ.
+        one factor for all; a text longer than a masked module's chunk_size needs it where they differ. mtp_dynamic,
+        mtp_depths: see MTPModule.losses.
         Returns {"ntp": LossSum or None, "mtp": list of LossSum by depth, "anchor": LossSum or None, "stay": LossSum or
         None, "outputs": the target's own or None}. anchor is of tokens that carry masks where these learn by proposals
         (methods/student_forced.py); stay and outputs are what was asked for.
@@ -83,6 +86,8 @@ class Learning(nn.Module):
             mtp_loss=mtp_loss,
             train_target=train_target,
             mtp_coefficients=mtp_coefficients,
+            mtp_dynamic=mtp_dynamic,
+            mtp_depths=mtp_depths,
             stay=stay,
         )
         if anchored and ntp is not None:
@@ -100,6 +105,8 @@ class Learning(nn.Module):
         train_target: bool,
         mtp_coefficients: Tensor | None,
         stay: bool,
+        mtp_dynamic: bool = False,
+        mtp_depths: int | None = None,
     ) -> dict[str, Any]:
         """What forward returns but ntp and outputs, of states that were read."""
         # noise on embeddings (NEFTune) is the module's too, where it reads them itself
@@ -114,6 +121,8 @@ class Learning(nn.Module):
                 supervision=mtp_supervision,
                 kind=mtp_loss,
                 coefficients_K=mtp_coefficients,
+                dynamic=mtp_dynamic,
+                depths=mtp_depths,
             )
         held = self.staying(batch, rows) if stay and rows is not None else None
         return {"mtp": mtp, "anchor": rows.anchor if isinstance(rows, CombRows) else None, "stay": held}

@@ -36,7 +36,7 @@ from foretell.methods.student_forced import (
 from foretell.models.gated_lora import ALL_LINEAR, GatedAdapters, MaskRows
 from foretell.models.sampler_head import SamplerHead
 from foretell.models.target import Target, TargetRows
-from foretell.ops.losses import linear_loss
+from foretell.ops.losses import dpace, expected_length, linear_loss
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch, LossSum
 
 MaskTokens = Literal["shared", "distinct", "noise"]
@@ -168,6 +168,11 @@ class MaskedConfig(MTPConfig):
             )
         if self.mask_tokens == "noise" and self.fuse_weights:
             found.append("fuse_weights: a fused adapter has no PEFT form; noise masks are made to be exported.")
+        if self.mask_tokens == "noise" and not self.sampler and (self.markov_rank or self.confidence_head):
+            found.append(
+                "markov_rank, confidence_head: noise masks without a sampler are made to be exported as a plain PEFT "
+                "adapter, which carries neither; leave them out, or use other masks."
+            )
         return found
 
     @property
@@ -309,13 +314,19 @@ class MaskedModule(MTPModule):
         supervision: Supervision,
         kind: LossKind,
         coefficients_K: Tensor | None = None,
+        dynamic: bool = False,
+        depths: int | None = None,
     ) -> list[LossSum]:
         """See MTPModule."""
         labels_BTK = self.labels(batch)
+        if depths is not None:
+            labels_BTK = labels_BTK.masked_fill(
+                torch.arange(labels_BTK.shape[2], device=labels_BTK.device) >= depths, IGNORE_INDEX
+            )
         carries_BT = (labels_BTK != IGNORE_INDEX).any(-1)
 
         def loss(piece: Piece) -> LossSum:
-            return self._piece_loss(target, batch, piece, labels_BTK, detach, supervision, kind)
+            return self._piece_loss(target, batch, piece, labels_BTK, detach, supervision, kind, dynamic)
 
         def read() -> Iterator[Piece]:
             return self.pieces(target, batch, carries_BT, _deepest(labels_BTK))
@@ -340,6 +351,7 @@ class MaskedModule(MTPModule):
         detach: bool,
         supervision: Supervision,
         kind: LossKind,
+        dynamic: bool,
     ) -> LossSum:
         """Totals, counts and correct guesses [K] of a piece: every part of the loss by its weight."""
         config, K, read = self.config, self.config.depth, piece.masks_BOKD.shape[2]
@@ -364,14 +376,17 @@ class MaskedModule(MTPModule):
             outputs.append((state_ND, config.sampler_loss_weight))
         outputs.append((mask_ND, config.own_loss_weight))
         outputs = [output for output in outputs if output[1]] or outputs[:1]
-        weight_MD, bias_M = self.target_head(target, detach)
         if config.free_running:
-            still_N = self._while_right(target, outputs[0][0], right_N, at, labels_BOK.shape)
+            still_N = self._while_right(target, outputs[0][0], before_N, right_N, at, labels_BOK.shape)
             label_N = label_N.masked_fill(~still_N, IGNORE_INDEX)
         hard_N = label_N if self.draft_vocab_ids is None else self.to_draft_ids(label_N, target.vocab_size)
         teacher_MD, teacher_bias_M = self.target_head(piece.teacher, detach=True)
         n, G = len(outputs), len(outputs) * K
-        shared: dict[str, Any] = {**target.loss_scaling, "bias_M": bias_M}
+        group_N = torch.cat([k_N + i * K for i in range(n)])
+        hidden_ND = torch.cat([output for output, _ in outputs])
+        # every depth has the target's head
+        shared: dict[str, Any] = {**self.spoken(target, hidden_ND, 1, before_N.repeat(n), detach), "groups_N": group_N}
+        shared["groups"] = G
         teacher = {
             "teacher_hidden_ND": text_ND,
             "teacher_weight_MD": teacher_MD,
@@ -381,30 +396,48 @@ class MaskedModule(MTPModule):
         }
         labels = {"labels_N": hard_N.repeat(n)}
         soft = supervision in SOFT
+        together = {}
+        if kind == "e2e_tv" or dynamic:  # a group is one prediction of one block
+            X, place_N = owner_BOK[..., 0].numel(), b_N * owner_BOK.shape[1] + at[1]
+            together = {"groups_N": group_N * X + place_N.repeat(n), "groups": G * X}
         parts: list[tuple[float, dict[str, Any]]] = [
-            (1.0, {**teacher, "kind": kind} if soft else labels),
+            (1.0, ({**teacher, "kind": "tv" if kind == "e2e_tv" else kind} if soft else labels) | together),
             (config.label_loss_weight if soft else 0.0, labels),
             (config.tv_loss_weight, {**teacher, "kind": "tv"}),
         ]
-        group_N = torch.cat([k_N + i * K for i in range(n)])
-        hidden_ND = torch.cat([output for output, _ in outputs])
         factor_G = torch.tensor([w for _, w in outputs], device=hidden_ND.device).repeat_interleave(K)
         total_K, first_sum = 0.0, None
         for weight, what in parts:
             if weight:
-                found = _by_group(hidden_ND, weight_MD, group_N, G, **what, **shared)
+                found = linear_loss(**shared | what)
+                if "groups" in what:
+                    found = self._by_depth(found, n, kind, dynamic)
                 first_sum = first_sum or found
                 total_K = total_K + weight * (found.total * factor_G.to(found.total.dtype)).view(n, K).sum(0)
         if config.entropy_loss_weight:  # H = log M - KL from the uniform distribution, which a state of zeros speaks
             zeros = {**teacher, "teacher_hidden_ND": torch.zeros_like(text_ND[:1]), "teacher_bias_M": None}
             zeros["teacher_rows_N"] = torch.zeros_like(teacher["teacher_rows_N"])
-            found = _by_group(hidden_ND, weight_MD, group_N, G, **{**zeros, "kind": "reverse_kl"}, **shared)
-            entropy_G = found.count * math.log(len(weight_MD)) - found.total
+            found = linear_loss(**shared, **{**zeros, "kind": "reverse_kl"})
+            entropy_G = found.count * math.log(len(shared["weight_MD"])) - found.total
             total_K = total_K + config.entropy_loss_weight * (entropy_G * factor_G).view(n, K).sum(0)
         if config.latent_loss_weight:
             far_N = (mask_ND - text_ND[text_N]).float().pow(2).sum(-1).masked_fill(label_N == IGNORE_INDEX, 0.0)
             total_K = total_K + config.latent_loss_weight * far_N.new_zeros(K).index_add(0, k_N, far_N)
+        right_N = first_sum.right_N[: len(label_N)]
+        sure_N = self._confidence_loss(outputs[0][0], before_N, right_N, label_N if soft else hard_N)
+        if sure_N is not None:
+            total_K = total_K + sure_N.new_zeros(K).index_add(0, k_N, sure_N)
         return LossSum(total_K, first_sum.count[:K], first_sum.correct[:K])
+
+    def _by_depth(self, found: LossSum, n: int, kind: LossKind, dynamic: bool) -> LossSum:
+        """Of single predictions, output by output and depth by depth, to depths of each output."""
+        parts = [t.view(n, self.config.depth, -1).unbind() for t in (found.total, found.count, found.correct)]
+        together = []
+        for total_KX, count_KX, correct_KX in zip(*parts, strict=True):
+            each = [LossSum(*one) for one in zip(total_KX, count_KX, correct_KX, strict=True)]
+            together += expected_length(each) if kind == "e2e_tv" else dpace(each, kind)
+        total, count, correct = ([getattr(d, name) for d in together] for name in ("total", "count", "correct"))
+        return LossSum(torch.stack(total), torch.stack(count), torch.stack(correct), found.right_N)
 
     def _by_text(
         self, target: Target, batch: Batch, piece: Piece, at: Any, label_N: Tensor, supervision: Supervision
@@ -425,10 +458,16 @@ class MaskedModule(MTPModule):
 
     @torch.no_grad()
     def _while_right(
-        self, target: Target, state_ND: Tensor, data_N: Tensor, at: tuple[Tensor, ...], shape: torch.Size
+        self,
+        target: Target,
+        state_ND: Tensor,
+        before_N: Tensor,
+        data_N: Tensor,
+        at: tuple[Tensor, ...],
+        shape: torch.Size,
     ) -> Tensor:
         """bool [N]: the predictions whose predecessors in the same block are all the data's tokens."""
-        guess_N = self.guess(target, state_ND, 1)  # every depth has the target's head
+        guess_N = self.guess(target, state_ND, 1, before_N)  # every depth has the target's head
         wrong_BOK = torch.zeros(shape, dtype=torch.long, device=data_N.device)
         wrong_BOK[at] = (guess_N != data_N).long()
         return (wrong_BOK.cumsum(-1) == wrong_BOK)[at]
@@ -451,18 +490,6 @@ class MaskedModule(MTPModule):
     def drafter(self, target: Target, dtype: str = "auto") -> MaskedDrafter:
         """A drafter over the module's current weights; dtype: see generate's draft_dtype."""
         return MaskedDrafter(self, self.sampler, target, dtype)
-
-
-def _by_group(hidden_ND: Tensor, weight_MD: Tensor, group_N: Tensor, groups: int, **what: Any) -> LossSum:
-    """linear_loss with one sum a group, also where the head learns."""
-    if not weight_MD.requires_grad:
-        return linear_loss(hidden_ND, weight_MD, groups_N=group_N, groups=groups, **what)
-    each = []
-    for group in range(groups):
-        rows = group_N == group
-        mine = {name: value[rows] if name in ("labels_N", "teacher_rows_N") else value for name, value in what.items()}
-        each.append(linear_loss(hidden_ND[rows], weight_MD, **mine))
-    return LossSum(*(torch.stack([getattr(loss, name) for loss in each]) for name in ("total", "count", "correct")))
 
 
 def _deepest(labels_BTK: Tensor) -> int:

@@ -116,7 +116,7 @@ class SequentialModule(MTPModule):
             places = target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
             state_BRD, hidden_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR)
             states.append(state_BRD[:, T:])
-            chain.append(self.guess(target, states[-1], k))
+            chain.append(self.guess(target, states[-1], k, chain[-1]))
         return torch.stack(chain[:-1], dim=-1), states
 
     def drafter(self, target: Target, dtype: str = "auto") -> SequentialDrafter:

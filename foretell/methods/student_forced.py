@@ -107,7 +107,7 @@ def propose_masks(module: Any, target: Target, piece: Piece) -> Tensor:
     ids = [own_N.view(piece.owner_BO.shape)]
     for k, mask_BOD in enumerate(piece.masks_BOKD.unbind(2)[:-1], start=1):
         state_BOD = mask_BOD if module.sampler is None else module.sampler(target.embed(ids[-1]), mask_BOD)
-        ids.append(module.guess(target, state_BOD, k, sample))
+        ids.append(module.guess(target, state_BOD, k, ids[-1], sample))
     return torch.stack(ids, dim=-1)
 
 
@@ -152,7 +152,11 @@ def anchor(
         label_N = chosen_tokens(piece.teacher.logits, taught_ND, rows_N)
         if supervision == "student_forced_soft":
             weight_VD, bias_V = piece.teacher.head_matrix(detach=True)
-            what = {"kind": kind, "teacher_hidden_ND": taught_ND, "teacher_weight_MD": weight_VD}
+            what = {
+                "kind": "tv" if kind == "e2e_tv" else kind,
+                "teacher_hidden_ND": taught_ND,
+                "teacher_weight_MD": weight_VD,
+            }
             what |= {"teacher_bias_M": bias_V, "teacher_rows_N": rows_N}
     weight_VD, bias_V = target.head_matrix(detach)
     return linear_loss(

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-Kind = Literal["ce", "kl", "reverse_kl", "tv"]
+Kind = Literal["ce", "kl", "reverse_kl", "tv", "lk", "lk_hybrid"]
 
 
 def check_range(name: str, values: Tensor, end: int, of_what: str) -> None:
@@ -70,8 +70,6 @@ def check(
     fits("groups_N", group_rows, (N,), "one a row of hidden_ND; flatten it the same way")
     if (group_rows is None) != (groups is None):
         problems.append("groups_N and groups belong together: pass both or none")
-    if groups is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        problems.append("groups: the head needs a gradient, which sums over groups; detach it or call once a group")
     if softcap is not None and softcap <= 0:
         problems.append(f"softcap: got {softcap}, wanted more than 0, or None for no cap")
     if chunk_rows is not None and chunk_rows < 1:

@@ -13,6 +13,14 @@ q the softmax of the teacher's logits, a row's loss and its gradient with respec
     kl             sum q (log q - log p)              p - q
     reverse_kl     sum p (log p - log q)              p (log p - log q - loss)
     tv             sum |p - q| / 2                    p (s - p.s),  s = sign(p - q) / 2
+    lk             - log a,  a = sum min(p, q)        p (p.m - m) / a,  m = (p < q)
+    lk_hybrid      e kl + (1 - e) tv,                 e (p - q) + (1 - e) p (p.m - m)
+                   e = exp(-LK_ETA a), a constant
+
+a is the chance that a draft drawn from p is accepted where the target says q. lk and lk_hybrid are the LK losses (arXiv
+2602.23881, eta = 3). Where q is one label's, -log a IS ce: both need a distribution.
+
+What depends on all depths of a row is made of single rows' losses (groups of one row): `expected_length`, `dpace`.
 """
 
 # N rows, C rows of a chunk, U <= C rows of the teacher that a chunk needs, D hidden width, M vocabulary of the head.
@@ -32,6 +40,7 @@ from foretell.types import IGNORE_INDEX, LossSum
 Weighting = Literal["uniform", "harmonic", "exponential"]
 # bytes of one [C, M] buffer of logits: small enough for a CPU's caches, large enough to fill a GPU
 CHUNK_BYTES_CPU, CHUNK_BYTES_DEVICE = 16 * 2**20, 256 * 2**20
+LK_ETA = 3.0
 # below this many rows, reading the head's weight costs more than the products with it
 MIN_CHUNK_ROWS = 64
 
@@ -51,6 +60,7 @@ def linear_loss(
     logit_scale: float = 1.0,
     groups_N: Tensor | None = None,
     groups: int | None = None,
+    learned_from: int = 0,
     chunk_rows: int | None = None,
 ) -> LossSum:
     """Sum over rows of a loss of softmax(head(hidden)) against labels or a teacher, without [N, M] logits.
@@ -68,17 +78,18 @@ def linear_loss(
         teacher_weight_MD: [M, D'] the teacher's head, over the same vocabulary.
         teacher_rows_N: [N] long in [0, S): each row's teacher row. Several rows may share one, whose logits are then
             made once a chunk, in whatever order the rows come. None: row i learns from teacher row i, and S = N.
-        kind: "ce", "kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "tv" (total variation). All
-            but "ce" need a teacher; "ce" with a teacher is the soft cross-entropy.
+        kind: "ce", "kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "tv" (total variation), "lk",
+            "lk_hybrid". All but "ce" need a teacher; "ce" with a teacher is the soft cross-entropy.
         bias_M, teacher_bias_M: [M] biases of the heads.
         softcap, logit_scale: of the student's and the teacher's logits alike, since both are the target's head.
         groups_N, groups: [N] long in [0, G) and G: one sum a group (depths that share teacher rows share their
-            logits so). Only for a head that needs no gradient itself.
+            logits so). A head that learns is then read again in the backward pass.
+        learned_from: the first column of weight_MD that learns; the gradient of those before it is zero.
         chunk_rows: C. None: as many as 16 MiB of fp32 logits hold on a CPU, 256 MiB elsewhere, and at least 64.
 
     Returns:
-        LossSum: total (fp32, differentiable), count and correct (long), each [G] with groups. No counted row: zeros,
-        and zero gradients.
+        LossSum: total (fp32, differentiable), count and correct (long), each [G] with groups; right_N. No counted row:
+        zeros, and zero gradients.
 
     Raises:
         ValueError: unknown kind, missing labels or teacher, shapes that do not fit, labels or rows out of range.
@@ -113,13 +124,45 @@ def linear_loss(
         teacher_rows=teacher_rows_N,
         group_rows=None if groups_N is None else _pick(groups_N, rows_N),
         groups=groups,
+        learned_from=learned_from,
         grad_enabled=torch.is_grad_enabled(),
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):  # _Head has chosen the types, in the open
-        total, correct = _LinearLoss.apply(hidden_ND, weight_MD, bias_M, job)
+        total, correct, right_N = _LinearLoss.apply(hidden_ND, weight_MD, bias_M, job)
     if groups is None:
-        return LossSum(total, torch.tensor(job.count, device=total.device), correct)
-    return LossSum(total, torch.bincount(job.group_rows, minlength=groups), correct)
+        return LossSum(total, torch.tensor(job.count, device=total.device), correct, right_N)
+    return LossSum(total, torch.bincount(job.group_rows, minlength=groups), correct, right_N)
+
+
+def expected_length(each: list[LossSum]) -> list[LossSum]:
+    """e2e_tv (Bebop, arXiv 2606.12370): depth j's total is the sum over rows of 1 - prod_{i <= j} a_i, so that their
+    mean over depths is 1 - the expected accepted share of K drawn drafts.
+
+    each: of every depth, tv of each row (groups of one row). A depth that does not count in a row is a factor of one.
+    """
+    counted_KN = torch.stack([depth.count > 0 for depth in each])
+    reached_KN = torch.where(counted_KN, 1.0 - torch.stack([depth.total for depth in each]), 1.0).cumprod(0)
+    return _over_rows(each, torch.where(counted_KN, 1.0 - reached_KN, 0.0))
+
+
+def dpace(each: list[LossSum], kind: str, alpha: float = 0.5) -> list[LossSum]:
+    """D-PACE (arXiv 2605.18810, equations 7 to 9): depth j's rows weigh sum_{m >= j} prod_{i <= m} of the drafter's own
+    chance to be accepted, smoothed by (1 - alpha) a + alpha; no gradient goes through the weights.
+
+    each: of every depth, the loss of each row (groups of one row). Its chance is exp(-loss), of tv 1 - loss.
+    """
+    loss_KN, counted_KN = torch.stack([depth.total for depth in each]), torch.stack([depth.count > 0 for depth in each])
+    chance_KN = 1.0 - loss_KN.detach() if kind == "tv" else torch.exp(-loss_KN.detach())
+    smooth_KN = torch.where(counted_KN, (1 - alpha) * chance_KN + alpha, 1.0)
+    worth_KN = (smooth_KN.cumprod(0) * counted_KN).flip(0).cumsum(0).flip(0)
+    return _over_rows(each, worth_KN * loss_KN)
+
+
+def _over_rows(each: list[LossSum], loss_KN: Tensor) -> list[LossSum]:
+    return [
+        LossSum(loss_N.sum(), depth.count.sum(), depth.correct.sum(), depth.right_N)
+        for loss_N, depth in zip(loss_KN, each, strict=True)
+    ]
 
 
 def depth_weights(kind: Weighting, depth: int, beta: float = 0.6) -> list[float]:
@@ -211,6 +254,7 @@ class _Job:
     teacher_rows: Tensor | None  # None: as rows, all as they stand
     group_rows: Tensor | None
     groups: int | None
+    learned_from: int
     grad_enabled: bool
 
 
@@ -269,6 +313,20 @@ def _teacher_loss(x_CM: Tensor, job: _Job, chunk: slice, buffers: _Buffers) -> t
         x_CM.sub_(t_CM).sub_((lse_C - _pick(teacher_lse_U, owner_C))[:, None])  # log p - log q
         loss_C = torch.mul(p_CM, x_CM, out=spare_CM).sum(-1)
         return loss_C, p_CM.mul_(x_CM.sub_(loss_C[:, None])), right_C
+    if kind in ("lk", "lk_hybrid"):
+        negative_U = t_UM.mul_(q_UM).sum(-1) - teacher_lse_U  # the teacher's entropy
+        q_CM, spare_CM = spread("teacher_probs", "teacher")
+        a_C = torch.minimum(p_CM, q_CM, out=spare_CM).sum(-1).clamp_(min=torch.finfo(p_CM.dtype).tiny)
+        if kind == "lk_hybrid":
+            kl_C = lse_C + _pick(negative_U, owner_C) - torch.mul(x_CM, q_CM, out=spare_CM).sum(-1)
+        torch.lt(p_CM, q_CM, out=x_CM)
+        below_C1 = torch.mul(p_CM, x_CM, out=spare_CM).sum(-1, keepdim=True)
+        x_CM.neg_().add_(below_C1)
+        if kind == "lk":
+            return -a_C.log(), p_CM.mul_(x_CM.div_(a_C[:, None])), right_C
+        e_C = torch.exp(-LK_ETA * a_C)
+        p_CM.mul_(x_CM.mul_((1 - e_C)[:, None]).add_(e_C[:, None])).sub_(q_CM.mul_(e_C[:, None]))
+        return e_C * kl_C + (1 - e_C) * (1 - a_C), p_CM, right_C
     q_CM, spare_CM = spread("teacher_probs", "teacher")  # tv
     torch.sub(p_CM, q_CM, out=x_CM)
     loss_C = torch.abs(x_CM, out=spare_CM).sum(-1).mul_(0.5)
@@ -278,77 +336,38 @@ def _teacher_loss(x_CM: Tensor, job: _Job, chunk: slice, buffers: _Buffers) -> t
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(total, correct). The gradients are made in the forward pass, chunk by chunk, and kept for the backward."""
+    """(total, correct, right_N). The gradients are made in the forward pass, chunk by chunk, and kept for the backward;
+    those of a head whose rows weigh what their groups will are made in the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None, job: _Job
-    ) -> tuple[Tensor, Tensor]:
-        head, device, sum_dtype = job.head, hidden_ND.device, job.head.softmax_dtype
-        buffers = _Buffers(min(job.chunk_rows, max(job.count, 1)), len(weight_MD), device)
-        wants_hidden, wants_weight, wants_bias = (job.grad_enabled and n for n in ctx.needs_input_grad[:3])
-        grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
-        grad_weight_MD = torch.zeros_like(weight_MD, dtype=sum_dtype) if wants_weight else None
-        grad_bias_M = torch.zeros_like(bias_M, dtype=sum_dtype) if wants_bias else None
-        sums = () if job.groups is None else (job.groups,)
-        total = torch.zeros(sums, dtype=sum_dtype, device=device)
-        correct = torch.zeros(sums, dtype=torch.long, device=device)
-        for start in range(0, job.count, job.chunk_rows):
-            chunk = slice(start, start + job.chunk_rows)
-            rows_C = None if job.rows is None else job.rows[chunk]
-            hidden_CD = (head.hidden[chunk] if rows_C is None else head.hidden[rows_C]).to(head.dtype)
-            x_CM = head.logits(hidden_CD, "logits", buffers)
-            slope_CM = None
-            if head.softcap is not None and job.grad_enabled:  # d cap / d logits, from the capped logits
-                slope_CM = torch.div(x_CM, head.softcap, out=buffers("slope", len(x_CM), x_CM.dtype))
-                slope_CM.square_().neg_().add_(1.0)
-            if job.teacher is None:
-                loss_C, grad_CM, right_C = _label_loss(x_CM, job.labels[chunk], buffers)
-            else:
-                loss_C, grad_CM, right_C = _teacher_loss(x_CM, job, chunk, buffers)
-            if job.group_rows is not None:
-                correct.index_add_(0, job.group_rows[chunk], right_C.long())
-                total.index_add_(0, job.group_rows[chunk], loss_C)
-            else:
-                correct += right_C.sum()
-                total += loss_C.sum()
-            if not (wants_hidden or wants_weight or wants_bias):
-                continue
-            if slope_CM is not None:
-                grad_CM.mul_(slope_CM)
-            # the scale is a factor of whole rows: cheaper on [C, D] than on [C, M]
-            factor_C1 = None if head.scale == 1.0 else torch.full_like(loss_C, head.scale)[:, None]
-            if wants_bias:
-                grad_bias_M += grad_CM.sum(0) if factor_C1 is None else grad_CM.t().mv(factor_C1[:, 0])
-            if head.dtype != grad_CM.dtype:
-                grad_CM = buffers("low", len(grad_CM), head.dtype).copy_(grad_CM)
-            if wants_hidden:
-                into_CD = grad_CM.mm(head.weight_MD)
-                into_CD = into_CD if factor_C1 is None else into_CD * factor_C1
-                if rows_C is None:
-                    grad_hidden_ND[chunk] = into_CD
-                else:
-                    grad_hidden_ND.index_copy_(0, rows_C, into_CD.to(grad_hidden_ND.dtype))
-            if wants_weight:
-                hidden_CD = hidden_CD if factor_C1 is None else (hidden_CD * factor_C1).to(head.dtype)
-                if grad_weight_MD.dtype == head.dtype:
-                    grad_weight_MD.addmm_(grad_CM.t(), hidden_CD)
-                else:
-                    grad_weight_MD += grad_CM.t().mm(hidden_CD)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants = tuple(job.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        ctx.wants, ctx.job, ctx.leaves = wants, None, None
+        if job.groups is not None and any(wants[1:]):
+            ctx.job, ctx.leaves = job, (hidden_ND.detach(), weight_MD.detach(), bias_M)
+            wants = (False, False, False)
+        total, correct, right_N, grads = _walk(hidden_ND, weight_MD, bias_M, job, wants)
         # each row's group, and with it the scalar that comes back for it; rows that do not count have no gradient
         group_N = None
-        if job.group_rows is not None and wants_hidden:
-            group_N = torch.zeros(len(hidden_ND), dtype=torch.long, device=device)
+        if job.group_rows is not None and wants[0]:
+            group_N = torch.zeros(len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
             group_N[slice(None) if job.rows is None else job.rows] = job.group_rows
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_MD, grad_bias_M)
+        ctx.save_for_backward(*grads)
         ctx.group_N = group_N
         ctx.dtypes = (hidden_ND.dtype, weight_MD.dtype, None if bias_M is None else bias_M.dtype)
-        ctx.mark_non_differentiable(correct)
-        return total, correct
+        ctx.mark_non_differentiable(correct, right_N)
+        return total, correct, right_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.job is not None:
+            with torch.autocast(grad_total.device.type, enabled=False):
+                grads = _walk(*ctx.leaves, ctx.job, ctx.wants, grad_total[ctx.job.group_rows])[3]  # type: ignore[call-arg]
+            return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
         # in the scalar's own type: 1 / count rounded to bf16 would scale the whole gradient
         if ctx.group_N is not None:
             grad_total = grad_total[ctx.group_N][:, None]
@@ -359,6 +378,75 @@ class _LinearLoss(torch.autograd.Function):
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return *grads, None
+
+
+def _walk(
+    hidden_ND: Tensor,
+    weight_MD: Tensor,
+    bias_M: Tensor | None,
+    job: _Job,
+    wants: tuple[bool, ...],
+    factor_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Chunk by chunk: (total, correct, right_N, gradients that are wanted). factor_N: of counted rows' gradients."""
+    head, device, sum_dtype = job.head, hidden_ND.device, job.head.softmax_dtype
+    buffers = _Buffers(min(job.chunk_rows, max(job.count, 1)), len(weight_MD), device)
+    wants_hidden, wants_weight, wants_bias = wants
+    grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
+    grad_weight_MD = torch.zeros_like(weight_MD, dtype=sum_dtype) if wants_weight else None
+    learned_ME = None if grad_weight_MD is None else grad_weight_MD[:, job.learned_from :]
+    grad_bias_M = torch.zeros_like(bias_M, dtype=sum_dtype) if wants_bias else None
+    sums = () if job.groups is None else (job.groups,)
+    total = torch.zeros(sums, dtype=sum_dtype, device=device)
+    correct = torch.zeros(sums, dtype=torch.long, device=device)
+    right_N = torch.zeros(len(hidden_ND), dtype=torch.bool, device=device)
+    for start in range(0, job.count, job.chunk_rows):
+        chunk = slice(start, start + job.chunk_rows)
+        rows_C = None if job.rows is None else job.rows[chunk]
+        hidden_CD = (head.hidden[chunk] if rows_C is None else head.hidden[rows_C]).to(head.dtype)
+        x_CM = head.logits(hidden_CD, "logits", buffers)
+        slope_CM = None
+        if head.softcap is not None and job.grad_enabled:  # d cap / d logits, from the capped logits
+            slope_CM = torch.div(x_CM, head.softcap, out=buffers("slope", len(x_CM), x_CM.dtype))
+            slope_CM.square_().neg_().add_(1.0)
+        if job.teacher is None:
+            loss_C, grad_CM, right_C = _label_loss(x_CM, job.labels[chunk], buffers)
+        else:
+            loss_C, grad_CM, right_C = _teacher_loss(x_CM, job, chunk, buffers)
+        right_N[chunk if rows_C is None else rows_C] = right_C
+        if job.group_rows is not None:
+            correct.index_add_(0, job.group_rows[chunk], right_C.long())
+            total.index_add_(0, job.group_rows[chunk], loss_C)
+        else:
+            correct += right_C.sum()
+            total += loss_C.sum()
+        if not any(wants):
+            continue
+        if slope_CM is not None:
+            grad_CM.mul_(slope_CM)
+        # scale and factor are of whole rows: cheaper on [C, D] than on [C, M]
+        factor_C1 = None if head.scale == 1.0 else torch.full_like(loss_C, head.scale)[:, None]
+        if factor_N is not None:
+            factor_C1 = factor_N[chunk, None].to(loss_C.dtype) * head.scale
+        if wants_bias:
+            grad_bias_M += grad_CM.sum(0) if factor_C1 is None else grad_CM.t().mv(factor_C1[:, 0])
+        if head.dtype != grad_CM.dtype:
+            grad_CM = buffers("low", len(grad_CM), head.dtype).copy_(grad_CM)
+        if wants_hidden:
+            into_CD = grad_CM.mm(head.weight_MD)
+            into_CD = into_CD if factor_C1 is None else into_CD * factor_C1
+            if rows_C is None:
+                grad_hidden_ND[chunk] = into_CD
+            else:
+                grad_hidden_ND.index_copy_(0, rows_C, into_CD.to(grad_hidden_ND.dtype))
+        if wants_weight:
+            hidden_CE = hidden_CD[:, job.learned_from :]
+            hidden_CE = hidden_CE if factor_C1 is None else (hidden_CE * factor_C1).to(head.dtype)
+            if learned_ME.dtype == head.dtype:
+                learned_ME.addmm_(grad_CM.t(), hidden_CE)
+            else:
+                learned_ME += grad_CM.t().mm(hidden_CE)
+    return total, correct, right_N, [grad_hidden_ND, grad_weight_MD, grad_bias_M]
 
 
 # -- small helpers ----------------------------------------------------------------------------------------------------

@@ -22,19 +22,35 @@ class MTPArguments:
             "student_forced learns of the module's own proposals what the target says of them."
         },
     )
-    mtp_loss: LossKind = field(default="ce", metadata={"help": "ce, kl, reverse_kl or tv; labels take ce only."})
+    mtp_loss: LossKind = field(
+        default="ce",
+        metadata={
+            "help": f"{', '.join(get_args(LossKind))}; labels take ce only. For drawn drafts: lk is -log of the chance "
+            "to be accepted, lk_hybrid goes from kl to tv as that grows, e2e_tv is the accepted length."
+        },
+    )
     mtp_loss_scaling_factor: float | None = field(
         default=None, metadata={"help": "Weight of the MTP loss beside the next-token loss; 0.1 in joint, else 1."}
     )
     mtp_depth_weights: DepthWeights = field(
         default="uniform",
-        metadata={"help": "uniform, harmonic, exponential, or rows (every counted prediction alike)."},
+        metadata={
+            "help": "uniform, harmonic, exponential, rows (every counted prediction alike), or dpace (each row by the "
+            "drafter's own chance to get that far; with ce, tv or lk)."
+        },
     )
     mtp_depth_beta: float = field(
         default=0.6, metadata={"help": "Base of exponential depth weights (FastMTP: 0.6, Medusa: 0.8)."}
     )
     mtp_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the module; learning_rate without it (Medusa-2: four times that)."}
+    )
+    mtp_muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Matrices of the module learn by Muon at this rate, all else by AdamW; without it all does."},
+    )
+    mtp_depth_one_first: float = field(
+        default=0.0, metadata={"help": "Share of the steps (of a TimeBudget's time) in which only depth 1 learns."}
     )
     mtp_heads_first_steps: int = field(
         default=0, metadata={"help": "Joint runs: steps in which only the module learns (Medusa-2's first stage)."}
@@ -55,9 +71,15 @@ class MTPArguments:
         """What is wrong with these settings, in plain sentences."""
         found = []
         if self.mtp_supervision not in SOFT and self.mtp_loss != "ce":
+            same = ", which is -log of a label's acceptance too" if self.mtp_loss == "lk" else ""
             found.append(
-                f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use ce."
+                f"mtp_loss: {self.mtp_loss} needs a distribution; with mtp_supervision={self.mtp_supervision} use "
+                f"ce{same}."
             )
+        if self.mtp_depth_weights == "dpace" and self.mtp_loss not in ("ce", "tv", "lk"):
+            found.append(f"mtp_depth_weights: dpace reads acceptance off ce, tv or lk, got mtp_loss={self.mtp_loss}.")
+        if not 0 <= self.mtp_depth_one_first < 1:
+            found.append(f"mtp_depth_one_first: got {self.mtp_depth_one_first}, wanted at least 0 and below 1.")
         if self.mtp_loss_scaling_factor is not None and self.mtp_loss_scaling_factor < 0:
             found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted at least 0.")
         mode = self.mtp_training_mode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
@@ -18,11 +18,18 @@ class TimeBudget(TrainerCallback):
     """Sets the learning rate from the share of `seconds` that is spent, so that any machine finishes its schedule.
 
     measure_at: shares of the time at which tau is measured by decoding; that takes from the budget but is not counted
-    as training. `trainer` must be set before training starts.
+    as training. `trainer` must be set before training starts. clock: what tells seconds; of a process's own time where
+    other work on the machine shall not count.
     """
 
-    def __init__(self, seconds: float, learning_rate: float, measure_at: Sequence[float] = ()) -> None:
-        self.seconds, self.learning_rate = seconds, learning_rate
+    def __init__(
+        self,
+        seconds: float,
+        learning_rate: float,
+        measure_at: Sequence[float] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds, self.learning_rate, self.clock = seconds, learning_rate, clock
         self.measure_at = list(measure_at)
         self.trainer: Any = None
         self.tokens = 0
@@ -31,13 +38,13 @@ class TimeBudget(TrainerCallback):
         self.tau_curve: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = self._step_started = self._told = time.monotonic()
+        self._started = self._step_started = self._told = self.clock()
         self._bar = Progress("train", total=round(self.seconds), unit="s")
         self._bar.__enter__()
         self._fields: dict[str, Any] = {}
 
     def _tell(self, step: int) -> None:
-        now = time.monotonic()
+        now = self.clock()
         whole = round(now - self._started) - round(self._told - self._started)
         if whole > 0:
             rate = f"{self.tokens / max(self.spent, 1e-9):.0f}"
@@ -48,18 +55,19 @@ class TimeBudget(TrainerCallback):
         self._bar.__exit__(None, None, None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        share = min((time.monotonic() - self._started) / self.seconds, 1.0)
+        share = min((self.clock() - self._started) / self.seconds, 1.0)
+        self.trainer.share_done = share
         rate = self.learning_rate * min((state.global_step + 1) / WARMUP_STEPS, 1.0)
         rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share))
         for group in kwargs["optimizer"].param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
-        self._step_started = time.monotonic()
+        self._step_started = self.clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.spent += time.monotonic() - self._step_started
+        self.spent += self.clock() - self._step_started
         self.tokens += self.trainer.step_tokens
         self._tell(state.global_step)
-        share = (time.monotonic() - self._started) / self.seconds
+        share = (self.clock() - self._started) / self.seconds
         if self.measure_at and share >= self.measure_at[0]:
             self.measure_at.pop(0)
             found = self.trainer.measure_tau()

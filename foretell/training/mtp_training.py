@@ -25,6 +25,7 @@ from transformers import Trainer
 from foretell.checkpoint import assign, check_settings, load_tensors
 from foretell.data.collate import to_batch
 from foretell.mtp import MTPModel
+from foretell.training.muon import MuonAdamW
 from foretell.training.objective import choose_labels, coefficients, count_labels, objective
 from foretell.training.tau import decoded_tau
 
@@ -34,6 +35,7 @@ class MTPTraining(Trainer):
 
     mtp: MTPModel | None = None  # None: nothing here does anything
     skipped = 0  # steps that were left out, their loss or gradient not finite
+    share_done: float | None = None  # of the training, where a clock decides how long that is
     step_tokens = 0  # answer tokens of the current step on this rank
 
     def _learn_with(self, mtp: MTPModel) -> None:
@@ -105,11 +107,13 @@ class MTPTraining(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; with mtp_learning_rate the module's parameters are groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.mtp is not None and self.args.mtp_muon_learning_rate is not None:  # type: ignore[attr-defined]
+            optimizer = self.optimizer = self._with_muon(optimizer, self.mtp.module.matrices())
         if self.mtp is None or (self.args.mtp_learning_rate is None and not self.args.mtp_heads_first_steps):  # type: ignore[attr-defined]
             return optimizer
         mine = {id(p) for p in self.mtp.module.parameters()}
         for group in list(optimizer.param_groups):
-            apart = [p for p in group["params"] if id(p) in mine]
+            apart = [p for p in group["params"] if id(p) in mine and not group.get("muon")]
             if apart:
                 group["params"] = [p for p in group["params"] if id(p) not in mine]
                 options = {k: v for k, v in group.items() if k != "params"}
@@ -117,6 +121,26 @@ class MTPTraining(Trainer):
                 optimizer.add_param_group({**options, "params": apart, "is_mtp": True})
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
         return optimizer
+
+    def _with_muon(self, optimizer: Any, matrices: list[nn.Parameter]) -> Any:
+        """The same groups, of which those matrices are apart."""
+        if not matrices:
+            raise ValueError("mtp_muon_learning_rate: this module has no matrix between states; leave it out.")
+        if type(optimizer) is not torch.optim.AdamW or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            how = "sharded parameters" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
+            raise ValueError(
+                f"mtp_muon_learning_rate: got {how}, wanted AdamW over whole parameters beside Muon "
+                "(optim=adamw_torch, DDP or one process); or leave it out."
+            )
+        rate: float = self.args.mtp_muon_learning_rate  # type: ignore[attr-defined]
+        mine, groups = {id(p) for p in matrices}, []
+        for group in optimizer.param_groups:
+            apart = [p for p in group["params"] if id(p) in mine]
+            groups.append({**group, "params": [p for p in group["params"] if id(p) not in mine], "muon": False})
+            if apart:
+                factor = rate / (self.args.learning_rate or rate)
+                groups.append({**group, "params": apart, "muon": True, "lr": rate, "lr_factor": factor, "is_mtp": True})
+        return MuonAdamW([group for group in groups if group["params"]], **optimizer.defaults)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As Trainer's; the model's own learning rate is zero during mtp_heads_first_steps."""
@@ -187,9 +211,17 @@ class MTPTraining(Trainer):
             "train_target": args.trains_target,
             "stay": args.mtp_target_loss == "untouched",
             "mtp_coefficients": coefficients(
-                counts_K1, scale=args.mtp_scale, anchored=self._anchored(), **args.weighing()
+                counts_K1, scale=args.mtp_scale, anchored=self._anchored(), depths=self._depths(), **args.weighing()
             ),
+            "mtp_dynamic": args.mtp_depth_weights == "dpace",
+            "mtp_depths": self._depths(),
         }
+
+    def _depths(self) -> int | None:
+        """How many depths learn now; None: all."""
+        assert self.mtp is not None
+        done = self.state.global_step / max(self.state.max_steps, 1) if self.share_done is None else self.share_done
+        return 1 if self.mtp.training and done < self.args.mtp_depth_one_first else None  # type: ignore[attr-defined]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -205,7 +237,7 @@ class MTPTraining(Trainer):
         ranks = self.accelerator.num_processes // self.get_tp_size() if shared else 1  # ranks are averaged
         losses = self._losses(model, inputs, counts_K1, num_items_in_batch, return_outputs, ranks)
         scale = 0.0 if args.mtp_training_mode == "disabled" else args.mtp_scale
-        loss, parts = objective(losses, counts_K1, scale=scale, **args.weighing())
+        loss, parts = objective(losses, counts_K1, scale=scale, depths=self._depths(), **args.weighing())
         if training and not bool(loss.isfinite()):
             loss = self._not_finite(loss)
         parts["train"] = loss.detach()
@@ -274,6 +306,8 @@ class MTPTraining(Trainer):
         out = {}
         for (name, values), found in zip(taken.items(), sums.split([len(v[0]) for v in taken.values()]), strict=True):
             steps = len(self._noted_steps) if kind == "train" else len(values)
+            if len(found) == 2 and not bool(found[1]):
+                continue  # a depth that nothing was asked of
             out[name] = float(found[0] / found[1].clamp(min=1)) if len(found) == 2 else float(found[0]) / steps
         if kind == "train":
             self._noted_steps = set()

@@ -49,23 +49,40 @@ def choose_labels(module: MTPModule, batch_samples: list[dict[str, Any]], seed: 
 
 
 def coefficients(
-    counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float, anchored: bool = False
+    counts_K1: Tensor,
+    *,
+    scale: float,
+    weights: DepthWeights,
+    beta: float,
+    anchored: bool = False,
+    depths: int | None = None,
 ) -> Tensor:
     """[K] what each depth's sum is multiplied by: scale * the depth's weight / its global count; with weights="rows"
-    every counted row weighs the same. anchored: each first mask that counts has another row before it that does.
+    every counted row weighs the same; with "dpace" the rows' own weights stand in their losses, beside equal ones.
+    anchored: each first mask that counts has another row before it that does. depths: only so many learn now.
 
     counts_K1 [1 + K] are global: over all micro-batches and ranks of this step. So a micro-batch's share of the loss is
     the same however the step is cut up. Depths that count nothing contribute nothing.
     """
+    if depths is not None and depths < len(counts_K1) - 1:
+        now = coefficients(counts_K1[: depths + 1], scale=scale, weights=weights, beta=beta, anchored=anchored)
+        return torch.cat([now, now.new_zeros(len(counts_K1) - 1 - depths)])
     if weights == "rows":
         rows = counts_K1[1:].sum() + (counts_K1[1] if anchored else 0)
         return (scale / rows.clamp(min=1).double()).expand(len(counts_K1) - 1).to(torch.get_default_dtype())
     counts_K = counts_K1[1:].clamp(min=1)
+    weights = "uniform" if weights == "dpace" else weights
     return scale * torch.tensor(depth_weights(weights, len(counts_K), beta), device=counts_K.device) / counts_K
 
 
 def objective(
-    losses: dict[str, Any], counts_K1: Tensor, *, scale: float, weights: DepthWeights, beta: float
+    losses: dict[str, Any],
+    counts_K1: Tensor,
+    *,
+    scale: float,
+    weights: DepthWeights,
+    beta: float,
+    depths: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
     counts, which are those of `coefficients`. Where `stay` is given, it is learned in the next-token loss's place.
@@ -79,7 +96,9 @@ def objective(
             parts[name] = loss.total / counts_K1[0].clamp(min=1)
     if parts:
         total = total + (parts["stay"] + 0.0 * parts.get("ntp", 0.0) if "stay" in parts else parts["ntp"])
-    factor_K = coefficients(counts_K1, scale=1.0, weights=weights, beta=beta, anchored=anchor is not None)
+    factor_K = coefficients(
+        counts_K1, scale=1.0, weights=weights, beta=beta, anchored=anchor is not None, depths=depths
+    )
     parts["mtp"] = (torch.stack([loss.total for loss in mtp]) * factor_K.to(mtp[0].total)).sum()
     if anchor is not None:  # as many rows as the first depth, and of its weight
         parts["mtp"] = parts["mtp"] + anchor.total * factor_K[0]

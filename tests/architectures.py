@@ -69,6 +69,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
     "granitemoehybrid": _MAMBA,
     "dots3_note_text": _LATENT,
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     # its last two layers share keys and values
     "gemma3n_text": {
         "num_hidden_layers": 5,

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from architectures import NAMES, UNBUILT, build
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -106,14 +107,27 @@ def test_equal_or_refused_by_name(cls):
 
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_quantized_layers_are_not_copied(bits, tmp_path):
-    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_quantized_layers_are_copied_as_ordinary_ones(bits, adapted, tmp_path):
+    whole = tiny_model(hidden_size=64, intermediate_size=128, head_dim=16)
+    whole.save_pretrained(tmp_path)
     how = BitsAndBytesConfig(**{bits: True})
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how)
-    with pytest.raises(ValueError, match="LlamaForCausalLM .llama. has quantized layers .torch.u?int8., of which no"):
-        get_mtp_model(model, SequentialConfig(depth=1))
-    mtp = get_mtp_model(model, HeadsConfig(depth=1))
-    assert mtp(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"])["mtp"][0].total.isfinite()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    mtp = get_mtp_model(model, SequentialConfig(depth=1))
+    mine, theirs = dict(mtp.module.blocks[0].block.named_parameters()), dict(whole.model.layers[-1].named_parameters())
+    assert mine.keys() == theirs.keys() and all(p.requires_grad and p.dtype == torch.float32 for p in mine.values())
+    for name, parameter in mine.items():
+        far = float((parameter - theirs[name]).norm() / theirs[name].norm())
+        assert far < (0.02 if bits == "load_in_8bit" else 0.2) or (adapted and "q_proj" in name), (name, far)
+    losses = mtp(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"])["mtp"]
+    losses[0].total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mine.values())
+    ids = prompts()["input_ids"][2:]
+    for drafts in (0, 1):
+        out = mtp.generate(ids, max_new_tokens=NEW, do_sample=False, num_draft_tokens=drafts)
+        assert out.tolist() == model.generate(ids, max_new_tokens=NEW, do_sample=False).tolist()
 
 
 @pytest.mark.skipif(not LOCKED, reason="another transformers: other models")

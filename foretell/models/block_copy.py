@@ -12,7 +12,7 @@ from torch import nn
 
 from foretell.models.attention import NAME, RowMasks
 from foretell.models.refusals import UnsupportedModelError
-from foretell.models.target import Target
+from foretell.models.target import Target, matrix_of
 
 
 def block_copy(target: Target) -> tuple[nn.Module, str | None]:
@@ -24,18 +24,12 @@ def block_copy(target: Target) -> tuple[nn.Module, str | None]:
     kinds = getattr(target.config, "layer_types", None) or [None] * len(target.layers)
     problems: dict[tuple[Any, ...], str] = {}
     name = f"{type(target.model).__name__} ({target.config.model_type})"
-    whole = {str(p.dtype) for p in target.layers.parameters() if not p.dtype.is_floating_point}
-    if whole:
-        raise UnsupportedModelError(
-            f"{name} has quantized layers ({', '.join(sorted(whole))}), of which no copy can be trained; wanted "
-            "weights in floating point. The methods 'masked' and 'heads' (of any type but 'layer') copy none."
-        )
     for layer, kind in zip(reversed(target.layers), reversed(kinds), strict=False):
         like = (type(layer), kind, *((name, p.shape) for name, p in layer.named_parameters()))
         if like in problems:
             continue
-        block = _copied(layer, target.config)
         try:
+            block = _copied(layer, target)
             _run_alone(target, block, kind)
         except Exception as problem:  # whatever code of others raises where it misses something
             problems[like] = f"{type(problem).__name__}: {problem}"
@@ -48,14 +42,33 @@ def block_copy(target: Target) -> tuple[nn.Module, str | None]:
     )
 
 
-def _copied(layer: nn.Module, config: Any) -> nn.Module:
-    own = copy.copy(config)
+def _copied(layer: nn.Module, target: Target) -> nn.Module:
+    own = copy.copy(target.config)
     own._attn_implementation_internal = NAME
-    block = copy.deepcopy(layer, {id(config): own})
-    for module in block.modules():
-        if getattr(module, "config", None) is not None and hasattr(module, "layer_idx"):
-            module.config = own
+    block = copy.deepcopy(layer, {id(target.config): own})
+    unpacked: tuple[str, ...] = ()
+    for path, part in list(block.named_modules()):  # a quantized linear can learn nothing: its copy is an ordinary one
+        whole = any(not p.dtype.is_floating_point for p in part.parameters())
+        if whole and hasattr(part, "in_features") and not path.startswith(unpacked):
+            unpacked += (f"{path}.",)
+            block.set_submodule(path, _unpacked(part, target))
+        if getattr(part, "config", None) is not None and hasattr(part, "layer_idx"):
+            part.config = own
+    if whole := {str(p.dtype) for p in block.parameters() if not p.dtype.is_floating_point}:
+        raise ValueError(f"weights of {', '.join(sorted(whole))} can learn nothing")
     return block
+
+
+@torch.no_grad()
+def _unpacked(part: Any, target: Target) -> nn.Linear:
+    like = torch.empty(0, dtype=target.dtype, device=target.device)
+    weight, bias = matrix_of(part, part.in_features, like)
+    shape = {"bias": part.bias is not None, "dtype": target.dtype, "device": target.device}
+    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), **shape)
+    linear.weight.copy_(weight)
+    if linear.bias is not None:
+        linear.bias.copy_(bias)
+    return linear
 
 
 @torch.no_grad()

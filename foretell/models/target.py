@@ -33,6 +33,15 @@ def _sampled(tensor: Tensor, count: int) -> bytes:
     return flat[:: max(1, flat.numel() // count)][:count].float().cpu().numpy().tobytes()
 
 
+def matrix_of(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight [out, width], bias) of whatever computes a linear's products, which is asked for those with the unit
+    vectors.
+    """
+    unit_DD = torch.eye(width, device=like.device, dtype=like.dtype)
+    bias_V = linear(torch.zeros_like(unit_DD[:1]))[0]
+    return (linear(unit_DD) - bias_V).T.contiguous(), bias_V
+
+
 class Target(RowReader):
     """Wraps an AutoModelForCausalLM. Holds no parameters of its own.
 
@@ -133,9 +142,7 @@ class Target(RowReader):
             weight, bias = self.head.weight, self.head.bias
             return (weight.detach(), None if bias is None else bias.detach()) if detach else (weight, bias)
         with torch.no_grad() if detach else nullcontext():
-            unit_DD = torch.eye(self.hidden_size, device=self.device, dtype=self.embed_tokens.weight.dtype)
-            bias_V = self.head(torch.zeros_like(unit_DD[:1]))[0]
-            weight_VD = (self.head(unit_DD) - bias_V).T.contiguous()
+            weight_VD, bias_V = matrix_of(self.head, self.hidden_size, self.embed_tokens.weight)
             return weight_VD, None if self.head.bias is None else bias_V
 
     def position_embeddings(

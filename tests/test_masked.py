@@ -45,10 +45,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretell.config import ConfigError
 from foretell.data.collate import MTPCollator, to_batch
+from foretell.methods import reading
 from foretell.methods.base import MTPConfig
 from foretell.methods.masked import MaskedConfig, one_pass
 from foretell.methods.reading import columns_of
-from foretell.models import comb_attention
+from foretell.models import comb_attention, self_check
+from foretell.models import target as target_file
 from foretell.models.comb_attention import CombKeys, dense_attention, tiled_attention
 from foretell.models.gated_lora import GatedAdapters
 from foretell.mtp import MTPModel, get_mtp_model
@@ -590,6 +592,43 @@ def test_a_target_that_peft_wrapped_trains(tmp_path):
 
 
 # -- masks are no words ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_makes_more_of_tokens_than_their_embeddings_is_refused_by_name():
+    """At once where it is so from the start, and in the next call where it became so."""
+
+    def by_token(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        ids = kwargs.pop("input_ids", None)
+        return args, kwargs if ids is None else {**kwargs, "inputs_embeds": 1.5 * decoder.embed_tokens(ids)}
+
+    model = tiny_model()
+    mtp, settings = get_mtp_model(model, MaskedConfig(depth=2)), {"max_new_tokens": 8, "do_sample": False}
+    ids = torch.arange(10, 22)[None]
+    assert mtp.generate(ids, **settings).tolist() == model.generate(ids, **settings).tolist()
+    handle = model.model.register_forward_pre_hook(by_token, with_kwargs=True)
+    for how in ({}, {"num_draft_tokens": 0}):
+        with pytest.raises(ValueError, match="LlamaForCausalLM .llama. cannot be decoded exactly: text beside masks"):
+            mtp.generate(ids, **settings, **how)
+    with pytest.raises(ValueError, match="LlamaForCausalLM .llama. cannot be read with masks .its states"):
+        get_mtp_model(model, MaskedConfig(depth=2))
+    handle.remove()
+    assert mtp.generate(ids, **settings).tolist() == model.generate(ids, **settings).tolist()
+
+
+def test_a_window_that_attention_is_not_told_is_seen_before_it_is_reached(monkeypatch):
+    model = tiny_model("mistral", sliding_window=40)  # longer than the texts of the check
+    get_mtp_model(model, MaskedConfig(depth=2))
+    monkeypatch.setattr(reading, "narrowed", lambda model, window: self_check.narrowed(model, window + 1))  # the same
+    plain = comb_attention.comb_attention
+
+    def everything(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(target_file, "comb_attention", everything)
+    get_mtp_model(model, MaskedConfig(depth=2))  # nothing is narrowed, so nothing is seen
+    monkeypatch.setattr(reading, "narrowed", self_check.narrowed)
+    with pytest.raises(ValueError, match="cannot be read with masks .its states"):
+        get_mtp_model(model, MaskedConfig(depth=2))
 
 
 def test_masks_never_enter_the_vocabulary(monkeypatch):

@@ -20,7 +20,7 @@ from foretell.config import ConfigError, from_dict
 from foretell.methods.reading import below_text, owners_of
 from foretell.models.bigram_head import BigramHead
 from foretell.models.fast import fast_view
-from foretell.models.target import Target, TargetRows
+from foretell.models.target import Target, TargetRows, linear_of
 from foretell.ops.losses import dpace, expected_length, linear_loss
 from foretell.ops.sampling import draw, over_vocabulary, to_probs
 from foretell.ops.shift import ahead, labels_of
@@ -233,10 +233,7 @@ class MTPModule(nn.Module):
         if self.draft_vocab_ids is None and own:
             return target.view().get_output_embeddings()
         weight, bias = self.target_head(target, detach=True)
-        shape = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
-        small = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), **shape)  # draws no random numbers
-        small.weight = nn.Parameter(weight, requires_grad=False)
-        small.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        small = linear_of(weight, bias)
         if weight.dtype != target.dtype:  # a wide head over a narrow body
             small.register_forward_pre_hook(lambda _small, given: (given[0].to(weight.dtype),))
         return fast_view(nn.Sequential(small), dtype)[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foretell.methods.base import REREADS, SOFT, LossKind, MTPConfig, MTPModule, Supervision, chosen_tokens
 from foretell.methods.masked_drafter import MaskedDrafter
-from foretell.methods.reading import CombRows, Piece, ends_of, one_pass, pieces
+from foretell.methods.reading import CombRows, Piece, ends_of, one_pass, pieces, refuse_unreadable
 from foretell.methods.streaming import streamed, summed
 from foretell.methods.student_forced import (
     REGIONS,
@@ -219,6 +219,7 @@ class MaskedModule(MTPModule):
         self.at_once = False  # texts in one chunk, however long: set by trainers whose ranks must read in step
         target.mask_rows = self.rows
         target.release()  # a view made before knows nothing of the adapters
+        refuse_unreadable(self, target)
 
     def frozen(self) -> list[torch.nn.Parameter]:
         """See MTPModule."""

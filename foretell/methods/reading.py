@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretell.data.collate import to_batch
 from foretell.models.comb_attention import CombKeys
 from foretell.models.gated_lora import GatedAdapters
+from foretell.models.refusals import UnsupportedModelError
+from foretell.models.self_check import PROBES, at_rest, distance, few_texts, narrowed, tolerance_of, windows_of
 from foretell.models.target import Target, TargetRows
 from foretell.ops.tree import MASK, hang, starts_of
 from foretell.types import PAD_DOCUMENT, Batch, LossSum
@@ -88,6 +91,36 @@ def pieces(module: Any, target: Target, batch: Batch, carries_BT: Tensor, K: int
             masks_BOKD = below.read(module.rows.embed(filler_BRD, below.step_BR), module.rows.adapters)
             yield Piece(masks_BOKD, owner_BO + done, valid_BO, text_BWD, first, target, below.reread)
         done = ready
+
+
+@torch.no_grad()
+def refuse_unreadable(module: Any, target: Target) -> None:
+    """Raise UnsupportedModelError for a model whose text, or masks below it, do not come out of `pieces` as they do of
+    the model itself and of `one_pass`: it makes more of tokens than their embeddings, or attends in a way of its own.
+    """
+    why = ""
+    with at_rest(target.model):
+        for one in (target, *(Target(narrowed(target.model, window)) for window in windows_of(target))):
+            try:  # several texts: experts may be chosen by rounding
+                near = (_distance(module, one, few_texts(one, p)) <= tolerance_of(one) for p in range(PROBES))
+                why = why or ("" if any(near) else "its states come out as others")
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                why = f"{type(error).__name__} in its forward: {str(error)[:200]}"
+    if why:
+        raise UnsupportedModelError(
+            f"{type(target.model).__name__} ({target.model.config.model_type}) cannot be read with masks ({why}); "
+            "wanted layers that read embeddings and attend through a function of ours, its window among the arguments. "
+            "The methods 'sequential' and 'heads' need none."
+        )
+
+
+def _distance(module: Any, target: Target, ids_BT: Tensor) -> float:
+    batch = to_batch({"input_ids": ids_BT})
+    piece = next(pieces(module, target, batch, torch.ones_like(ids_BT, dtype=torch.bool), module.config.depth))
+    wanted = [target.forward_text(ids_BT, batch.position_ids_BT).post_norm_BRD[:, : piece.text_BWD.shape[1]]]
+    if module.rows.embedding is not None:  # of noise each reading has its own
+        wanted.append(one_pass(module, target, batch).piece.masks_BOKD[:, : piece.owner_BO.shape[1]])
+    return max(distance(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip((piece.text_BWD, piece.masks_BOKD), wanted))
 
 
 class RowsBelow:

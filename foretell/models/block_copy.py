@@ -12,7 +12,7 @@ from torch import nn
 
 from foretell.models.attention import NAME, RowMasks
 from foretell.models.refusals import UnsupportedModelError
-from foretell.models.target import Target, matrix_of
+from foretell.models.target import Target, linear_of, matrix_of
 
 
 def block_copy(target: Target) -> tuple[nn.Module, str | None]:
@@ -48,27 +48,17 @@ def _copied(layer: nn.Module, target: Target) -> nn.Module:
     block = copy.deepcopy(layer, {id(target.config): own})
     unpacked: tuple[str, ...] = ()
     for path, part in list(block.named_modules()):  # a quantized linear can learn nothing: its copy is an ordinary one
-        whole = any(not p.dtype.is_floating_point for p in part.parameters())
-        if whole and hasattr(part, "in_features") and not path.startswith(unpacked):
+        packed = any(not p.dtype.is_floating_point for p in part.parameters())
+        if packed and hasattr(part, "in_features") and not path.startswith(unpacked):
             unpacked += (f"{path}.",)
-            block.set_submodule(path, _unpacked(part, target))
+            with torch.no_grad():
+                weight, bias = matrix_of(part, part.in_features, next(target.norm.parameters(), target.head.weight))
+            block.set_submodule(path, linear_of(weight, None if part.bias is None else bias))
         if getattr(part, "config", None) is not None and hasattr(part, "layer_idx"):
             part.config = own
     if whole := {str(p.dtype) for p in block.parameters() if not p.dtype.is_floating_point}:
         raise ValueError(f"weights of {', '.join(sorted(whole))} can learn nothing")
     return block
-
-
-@torch.no_grad()
-def _unpacked(part: Any, target: Target) -> nn.Linear:
-    like = torch.empty(0, dtype=target.dtype, device=target.device)
-    weight, bias = matrix_of(part, part.in_features, like)
-    shape = {"bias": part.bias is not None, "dtype": target.dtype, "device": target.device}
-    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), **shape)
-    linear.weight.copy_(weight)
-    if linear.bias is not None:
-        linear.bias.copy_(bias)
-    return linear
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ PACKED, TRANSPOSED, DOUBLED = "packed", "transposed", "doubled"
 PACKABLE = (torch.float32, torch.bfloat16)
 # of drafts, whose numbers no text depends on: weights in fewer bits than the module's own, rows of bf16
 HALF, INT8 = "bfloat16", "int8"
-DRAFT_DTYPES = ("auto", "float32", HALF, INT8)
 _SEVERAL_BYTES = 64 << 20  # of a weight: larger ones are copied once
 _WHOLE = 64  # torch 2.13 multiplies int8 a vector at a time: other sizes are not its own
 

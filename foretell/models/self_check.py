@@ -45,10 +45,10 @@ class Verdict:
 def compare(target: Any, tree: nn.Module, path: str) -> Verdict:
     """The verdict on a copy, against what the target's model says itself."""
     verdict = Verdict(path)
-    tolerance = _tolerance(target)
+    tolerance = tolerance_of(target)
     with at_rest(target.outer):
         for probe in range(PROBES):
-            ids = _texts(target, probe)
+            ids = few_texts(target, probe)
             wanted = target.outer(input_ids=ids, use_cache=False).logits[:, -T:]
             verdict.distances, failed = _distances(target, tree, ids, wanted)
             verdict.differs = failed or _worst(verdict.distances, tolerance)
@@ -57,7 +57,7 @@ def compare(target: Any, tree: nn.Module, path: str) -> Verdict:
         if verdict.differs:
             verdict.layer = _first_other_layer(target, tree, ids, tolerance)
             return verdict
-        for window in sorted(_windows(target)):
+        for window in sorted(windows_of(target)):
             got, failed = _narrowed(target, tree, ids, wanted, window)
             verdict.distances |= {f"{name}, window": value for name, value in got.items()}
             if failed or _worst(got, tolerance):
@@ -73,7 +73,8 @@ def _worst(distances: dict[str, float], tolerance: float) -> str:
     return f"{name}: logits differ by {distances[name]:.3g} of their spread, wanted at most {tolerance:g}"
 
 
-def _tolerance(target: Any) -> float:
+def tolerance_of(target: Any) -> float:
+    """The largest distance between two ways of this model's that compute the same."""
     kinds = {p.dtype for p in target.model.parameters()}
     if torch.is_autocast_enabled(target.device.type):
         kinds.add(torch.get_autocast_dtype(target.device.type))
@@ -82,7 +83,7 @@ def _tolerance(target: Any) -> float:
     return max(TOLERANCE.get(kind, TOLERANCE[torch.bfloat16]) for kind in kinds)
 
 
-def _texts(target: Any, probe: int) -> Tensor:
+def few_texts(target: Any, probe: int) -> Tensor:
     """[2, T]: ordinary tokens, none that the config knows by name."""
     named = {
         one
@@ -124,7 +125,7 @@ def _distances(target: Any, tree: nn.Module, ids: Tensor, wanted: Tensor) -> tup
     try:
         with target.bare(tree):
             for name, got, rows in _readings(target, ids, wanted):
-                found[name] = _distance(got, rows)
+                found[name] = distance(got, rows)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
         return found, f"{type(error).__name__} in the copy's forward: {error}"
     return found, ""
@@ -149,9 +150,11 @@ def _readings(target: Any, ids: Tensor, wanted: Tensor) -> Iterator[tuple[str, T
     got = read(tokens, done, cache, position_ids_BR=places, parents_BR=parents)
     rows = torch.stack([wanted[0, done], wanted[0, BRANCH], wanted[1, BRANCH], wanted[1, BRANCH + 1]])
     yield "tree", got, rows
+    if target.mask_rows is not None:  # rows of text come as embeddings beside those
+        yield "text beside masks", read(ids[0], 0, SlotCache(2, 64), steps_BR=torch.zeros_like(ids[:1])), wanted[0]
 
 
-def _distance(got: Tensor, wanted: Tensor) -> float:
+def distance(got: Tensor, wanted: Tensor) -> float:
     """The largest distance of a row's numbers, as a share of their spread."""
     got, wanted = got.double(), wanted.double()
     counts = wanted.isfinite()
@@ -163,20 +166,23 @@ def _distance(got: Tensor, wanted: Tensor) -> float:
     return float("inf") if bool(share.isnan().any()) else float(share.max())
 
 
-def _windows(target: Any) -> set[int]:
+def windows_of(target: Any) -> set[int]:
+    """Lengths that a model's config calls a window."""
     return {size for name in WINDOWS if isinstance(size := getattr(target.config, name, None), int) and size > 0}
 
 
 def _narrowed(target: Any, tree: nn.Module, ids: Tensor, wanted: Tensor, window: int) -> tuple[dict[str, float], str]:
     """Model and copy with a window of NARROW in place of theirs, so that a short text meets it."""
 
-    def narrow(module: nn.Module) -> Any:
-        return shallow(module, lambda _path, _part: None, lambda n, v: NARROW if n in WINDOWS and v == window else v)
-
-    by_window = narrow(target.model)(input_ids=ids, use_cache=False).logits
+    by_window = narrowed(target.model, window)(input_ids=ids, use_cache=False).logits
     if torch.equal(by_window, wanted):
         return {}, ""  # no layer of this model looks through it
-    return _distances(target, narrow(tree), ids, by_window)
+    return _distances(target, narrowed(tree, window), ids, by_window)
+
+
+def narrowed(module: nn.Module, window: int) -> Any:
+    """A model over the same weights with a window of NARROW in this one's place."""
+    return shallow(module, lambda _path, _part: None, lambda n, v: NARROW if n in WINDOWS and v == window else v)
 
 
 def _first_other_layer(target: Any, tree: Any, ids: Tensor, tolerance: float) -> str:
@@ -202,7 +208,7 @@ def _first_other_layer(target: Any, tree: Any, ids: Tensor, tolerance: float) ->
                 handle.remove()
         states.append(seen)
     for index, (wanted, got) in enumerate(zip(*states)):
-        if _distance(got.flatten(0, -2), wanted.flatten(0, -2)) > tolerance:
+        if distance(got.flatten(0, -2), wanted.flatten(0, -2)) > tolerance:
             return f"layer {index} ({type(target.layers[index]).__name__})"
     if len(states[1]) < len(target.layers):
         return f"layer {len(states[1])} ({type(target.layers[len(states[1])]).__name__})"

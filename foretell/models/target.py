@@ -42,6 +42,15 @@ def matrix_of(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tens
     return (linear(unit_DD) - bias_V).T.contiguous(), bias_V
 
 
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain linear with these numbers; draws no random ones."""
+    shape = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), **shape)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
 class Target(RowReader):
     """Wraps an AutoModelForCausalLM. Holds no parameters of its own.
 

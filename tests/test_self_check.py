@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny import tiny_model
 from torch import Tensor, nn
 
@@ -196,3 +198,19 @@ def test_structures_are_judged_once():
             target.refresh()
     assert len(calls) == 2
     assert isinstance(target.verdict()["distances"], dict) and isinstance(model, nn.Module)
+
+
+def test_a_model_that_a_trainer_left_in_mixed_precision_is_refused_by_its_cause_and_decodes_when_taken_out():
+    """Trainers of transformers and TRL leave accelerate's forward on a model, in which its own generate runs too."""
+    model = tiny_model()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model.train()).eval()
+    mtp, ids = get_mtp_model(prepared, SequentialConfig(depth=1)), torch.arange(10, 20)[None]
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    try:
+        with pytest.raises(UnsupportedModelError, match="keep_fp32_wrapper=False"):
+            mtp.generate(ids, **settings)
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        assert mtp.generate(ids, **settings).tolist() == model.generate(ids, **settings).tolist()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_masked_decode import BATCHES, NEW, check_drafts, drafted, knowing, reference, run, target, total  # noqa: F401
 from torch import nn
+from trl import SFTConfig, SFTTrainer
 
 from foretell.config import ConfigError
 from foretell.data.collate import to_batch
@@ -42,7 +45,7 @@ from tests.test_trainer import (  # noqa: F401 (quick_collections is a fixture)
     trainer_of,
 )
 from tests.test_trainer import run as trained
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
 HARD, SOFT, DATA = "student_forced", "student_forced_soft", "student_forced_gt"
 REGIONS = {"mask_positions": "regions", "region_tokens": 18, "regions": 3}
@@ -151,6 +154,34 @@ def test_chains_too_have_a_teacher_that_stays(method, mode, tmp_path):
     assert (mtp.module.teacher is not None) == (mode == "joint") == ("ntp_loss" in logs[0])
     for name, tensor in mtp.module.teacher.model.state_dict().items() if mode == "joint" else ():
         assert torch.equal(tensor, before[f"model.{name}"])
+
+
+@pytest.mark.parametrize("method", ["masked", "sequential"])
+def test_the_teacher_of_a_model_that_others_have_trained_is_a_model_of_its_own(method, tmp_path):
+    """TRL and accelerate leave forwards on a model whose closures hold that model, and deep copies keep closures."""
+    model = tiny_model("gemma2")  # its logits have a cap of their own
+    config = SFTConfig(str(tmp_path / "sft"), report_to=[], use_cpu=True, max_steps=1, save_strategy="no")
+    had = SFTTrainer(model, config, train_dataset=Dataset.from_list(LONG_ROWS), processing_class=tiny_tokenizer())
+    had.train()
+    model.forward = convert_outputs_to_fp32(model.forward)
+    settings = KINDS["whole"][0] if method == "masked" else {}
+    mtp = get_mtp_model(model, {"method": method, "depth": 2, **settings})
+    how = {"mtp_training_mode": "joint", "mtp_supervision": HARD, "max_steps": 1, "learning_rate": 0.1}
+    args = MTPTrainingArguments(output_dir=str(tmp_path), save_strategy="no", report_to=[], use_cpu=True, **how)
+    if method == "masked":
+        with pytest.raises(ValueError, match="gradient_checkpointing: .* turn it off"):
+            MTPTrainer(mtp, args, LONG_ROWS)  # TRL has turned it on
+        model.gradient_checkpointing_disable()
+    trainer, ids = MTPTrainer(mtp, args, LONG_ROWS), torch.arange(10, 20)[None]
+
+    @torch.no_grad()
+    def says(who: Any) -> torch.Tensor:
+        return who.logits(who.forward_text(ids, torch.arange(10)[None]).post_norm_BRD)
+
+    before = says(mtp.module.teacher)
+    assert torch.equal(says(mtp.target), before)
+    trainer.train()
+    assert torch.equal(says(mtp.module.teacher), before) and off(says(mtp.target), before) > 0.01
 
 
 @torch.no_grad()

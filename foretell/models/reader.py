@@ -31,6 +31,11 @@ from foretell.models.rotary import TextLengths, stand_in, turns_by_length
 from foretell.models.self_check import Verdict, compare
 from foretell.models.slot_cache import SlotCache, cache_name
 
+_REPLACED = (  # it may do what decoding, which calls the decoder, cannot see
+    " Its forward was replaced on the object; where accelerate did so, for mixed precision, "
+    "accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes that off."
+)
+
 
 @dataclass
 class TargetRows:
@@ -208,6 +213,7 @@ class RowReader:
             raise UnsupportedModelError(
                 f"{name} cannot be decoded exactly: {verdict.differs}; the first to differ: {verdict.layer}. Wanted "
                 "the model's own logits from its layers through an attention function and a cache of our own."
+                + (_REPLACED if "forward" in self.model.__dict__ else "")
             )
         else:
             if before is not None:

@@ -418,6 +418,12 @@ def problems_with(mtp: MTPModel, args: Any, loss_function: Any) -> list[str]:
             found.append(f"{name}: with mtp_target_loss='untouched' nobody learns the labels; give one of them")
         elif mtp.module.anchored(args.mtp_supervision, joint) or mtp.module.text_learns(joint=False):
             found.append(f"{name}: tokens that carry masks have a loss of their own here; leave it out")
+    # a model that another trainer has had may still have it on; who is read in eval mode never uses it
+    already = args.trains_target and any(getattr(m, "gradient_checkpointing", False) for m in mtp.model.modules())
+    if mtp.module.lays_masks and (args.gradient_checkpointing or already):
+        found.append(
+            "gradient_checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly; turn it off"
+        )
     if args.trains_target:
         found += _target_problems(mtp)
     if args.mtp_target_loss == "untouched" and not hasattr(mtp.model, "disable_adapter"):

@@ -107,8 +107,6 @@ class MTPTrainer(MTPTraining):
             raise ValueError(f"model: got {type(model).__name__}, wanted an MTPModel (foretell.get_mtp_model).")
         problems = args.problems() + teacher_problems(model, args, teacher_model)
         problems += problems_with(model, args, kwargs.get("compute_loss_func"))
-        if args.gradient_checkpointing and model.module.lays_masks:
-            problems.append("gradient_checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly.")
         if _is_stream(train_dataset) and args.max_steps <= 0:
             problems.append("max_steps: got none, wanted a number of steps: a stream has no length.")
         if problems:

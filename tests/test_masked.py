@@ -1057,7 +1057,7 @@ def test_a_checkpoint_of_other_settings_is_refused(other, words, tmp_path):
 
 
 def test_gradient_checkpointing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="gradient_checkpointing: a smaller chunk_size bounds memory"):
+    with pytest.raises(ValueError, match="gradient_checkpointing: with mask tokens a smaller chunk_size bounds memory"):
         trainer_of(make(), tmp_path, gradient_checkpointing=True)
 
 

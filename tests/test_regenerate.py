@@ -12,9 +12,11 @@ from tiny import VOCAB, tiny_tokenizer
 from foretell.cli.loading import chat_template
 from foretell.cli.train import main
 from foretell.data.cache import HiddenStore
+from foretell.data.collate import MTPCollator
+from foretell.data.prompts import encode_rows
 from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import get_mtp_model
-from foretell.training.regenerate import regenerate
+from foretell.training.regenerate import read_given, regenerate, split_given
 
 PROMPTS = [[25, 29, 30], [7], [40, 41, 42, 43, 44, 45, 46], [9, 9, 9, 9], [60, 3], [25, 29, 31]]
 
@@ -191,3 +193,76 @@ def test_chat_templates_by_name(tmp_path):
         ValueError, match="chat_template: got 'qwen99', wanted a file, 'auto', or one of TRL's: .*qwen3"
     ):
         chat_template("qwen99", tokenizer)
+
+
+# -- given texts -------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    {"prompt": "w25 w29", "completion": " w30 w31 w32 w33"},
+    {"text": "w40 w41 w42 w43 w44 w45 w46"},
+    {"prompt": "w7", "completion": " w9 w9 w60"},
+]
+
+
+@pytest.mark.parametrize("method", ["sequential", "masked"])
+def test_given_texts_teach_what_the_target_would_say(method, tmp_path):
+    """Labels of what was read are a hard teacher's on the same text, and its states are those of a forward."""
+    model, tokenizer = leaning_model(), tiny_tokenizer()
+    mtp = get_mtp_model(model, {"method": method, "depth": 2})
+    store = read_given(mtp, TEXTS, tokenizer, tmp_path)
+    plain, _ = encode_rows(TEXTS, tokenizer)
+    assert len(store) == 3 and all(key.startswith("given-") for key in store.keys())  # noqa: SIM118 (not a dict)
+    differ = 0
+    for row, text in zip(store, plain, strict=True):
+        assert row["input_ids"] == text["input_ids"]
+        with torch.no_grad():
+            out = model(torch.tensor([text["input_ids"]]), output_hidden_states=True)
+        said = [-100, *out.logits[0, :-1].argmax(-1).tolist()]
+        trained = [i > 0 and label != -100 for i, label in enumerate(text["labels"])]
+        assert row["labels"] == [label if counts else -100 for label, counts in zip(said, trained, strict=True)]
+        assert torch.allclose(row["hidden_states"], out.hidden_states[-1][0], atol=1e-5)
+        differ += sum(label not in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    assert differ > 3, "else the text itself would have taught the same"
+    collator = MTPCollator(0)
+    read = mtp(**collator([dict(row) for row in store]), mtp_supervision="labels")["mtp"]
+    taught = mtp(**collator(plain), mtp_supervision="teacher_hard")["mtp"]
+    text = mtp(**collator(plain), mtp_supervision="labels")["mtp"]
+    for one, other, wrong in zip(read, taught, text, strict=True):
+        assert (
+            float(one.total.detach()) == pytest.approx(float(other.total.detach()), rel=1e-4)
+            and one.count == other.count
+        )
+        assert float(one.total.detach()) != pytest.approx(float(wrong.total.detach()), rel=1e-2)
+
+
+def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
+    mtp, tokenizer = get_mtp_model(leaning_model(), SequentialConfig(depth=1)), tiny_tokenizer()
+    begun = []
+    read_given(mtp, TEXTS, tokenizer, tmp_path, deadline=lambda: bool(begun) or begun.append(1))
+    assert len(HiddenStore.load(tmp_path)) == 1
+    whole, reads = mtp.target.forward_text, []
+    monkeypatch.setattr(mtp.target, "forward_text", lambda *given: (reads.append(1), whole(*given))[1])
+    assert len(read_given(mtp, TEXTS, tokenizer, tmp_path)) == 3 and len(reads) == 2
+    with pytest.raises(ValueError, match="holds answers made otherwise"):
+        made(leaning_model(), tmp_path)
+
+
+def test_a_share_of_the_rows_is_read(tmp_path, capsys):
+    rows = [*asking([[n, n + 1] for n in range(50, 60)]), *TEXTS, *TEXTS[:1] * 7]
+    rows = [
+        {**row, "prompt": f"w{n} {row['prompt']}"} if "completion" in row else row for n, row in enumerate(rows, 30)
+    ]
+    asked, given = split_given(rows, 0.25, seed=0)
+    assert (len(asked), len(given)) == (15, 5) and {"text": TEXTS[1]["text"]} in given
+    assert not [row for row in given if set(row) == {"prompt"}] and split_given(rows, 0.0, 0)[1] == [TEXTS[1]]
+    data, held, out = tmp_path / "rows.jsonl", tmp_path / "held.jsonl", tmp_path / "out"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    held.write_text(json.dumps(TEXTS[0]))
+    settings = [str(saved(tmp_path)), "--data", str(data), "--eval-data", str(held), "--output-dir", str(out)]
+    settings += ["--regenerate-max-new-tokens", "6", "--given-share", "0.25", "--eval-new-tokens", "4", *ARGUMENTS]
+    with pytest.raises(ValueError, match="given_share: got 0.25, wanted 0 to 1, and only with --regenerate"):
+        main(settings)
+    assert main([*settings, "--regenerate"]) == 0
+    assert "15 answers, 5 given texts of " in capsys.readouterr().out
+    notes = json.loads((out / "mtp_config.json").read_text())["notes"]["training"]
+    assert (notes["answers"], notes["given_texts"]) == (15, 5) and notes["given_tokens"] > 15

@@ -31,6 +31,13 @@ class TrainSettings:
         default=False, metadata={"help": "The target answers the prompts itself first (resumable)."}
     )
     regenerate_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    given_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "With regenerate: share of the rows that the target reads as they stand instead of answering "
+            "them; rows of text are always read."
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={
@@ -52,6 +59,8 @@ class TrainSettings:
             found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
         if self.regenerate_max_new_tokens < 2:
             found.append(f"regenerate_max_new_tokens: got {self.regenerate_max_new_tokens}, wanted at least 2.")
+        if not 0 <= self.given_share <= 1 or (self.given_share and not self.regenerate):
+            found.append(f"given_share: got {self.given_share}, wanted 0 to 1, and only with --regenerate.")
         return found
 
 
@@ -93,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     from foretell.data.rows import detect_form
     from foretell.data.vocabulary import coverage, frequent_tokens
     from foretell.mtp import get_mtp_model
-    from foretell.training.regenerate import eos_ids, regenerate
+    from foretell.training.regenerate import eos_ids, read_given, regenerate, split_given
     from foretell.training.trainer import MTPTrainer, teacher_problems
 
     args.device  # noqa: B018 sets up the processes of torchrun, each with its device
@@ -132,7 +141,26 @@ def main(argv: Sequence[str]) -> int:
     # evaluation rows first: what is wrong with them is said before the target answers thousands of prompts
     prompts_only = settings.regenerate and any(detect_form(row) == "prompt" for row in eval_rows)
     eval_set = answered(eval_rows) if prompts_only else encoded(eval_rows)
-    train_set = answered(train_rows) if settings.regenerate else encoded(train_rows)
+    counts: dict[str, int] = {}
+    if settings.regenerate:
+        asked, given = split_given(train_rows, settings.given_share, args.seed)
+        train_set = answered(asked) if asked else []
+        if given:
+            texts = read_given(
+                mtp,
+                given,
+                reader,
+                Path(args.output_dir) / "given",
+                max_length=args.max_length or 2**31,
+                keep_hidden=not args.trains_target and mtp.module.reads_states,
+                skip_bad=args.skip_bad_rows,
+            )
+            counts = {"answers": len(train_set), "given_texts": len(texts)}
+            counts["given_tokens"] = sum(sum(label >= 0 for label in row["labels"]) for row in texts.rows())
+            train_set = [*train_set, *texts]
+            print(f"{counts['answers']} answers, {len(texts)} given texts of {counts['given_tokens']:,} tokens")
+    else:
+        train_set = encoded(train_rows)
     if module.draft_vocab_size is not None:
         ids = frequent_tokens(
             train_set, module.draft_vocab_size, mtp.target.vocab_size, sorted(eos_ids(mtp, tokenizer))
@@ -149,6 +177,7 @@ def main(argv: Sequence[str]) -> int:
         processing_class=tokenizer,
         teacher_model=teacher,
     )
+    mtp.notes["training"] |= counts
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(args.output_dir) / "run.yaml").write_text(to_yaml(settings, module, args), encoding="utf-8")
     trainer.train(resume_from_checkpoint=True if settings.resume else None)

@@ -79,6 +79,7 @@ class OwnDrafter(ModuleDrafter):
 
     def __init__(self, module: MTPModule, target: Target) -> None:
         self.module, self.target = module, target
+        self._sure: Tensor | None = None  # of the logits that were said last
         self.warp: Warp | None = None  # what drawn drafts' scores go through
         self._renew()
 
@@ -98,6 +99,31 @@ class OwnDrafter(ModuleDrafter):
         if self.warp is not None:
             logits_NV = self.warp(logits_NV.flatten(0, -2)).view_as(logits_NV)
         return probabilities(logits_NV)
+
+    def said(self, products: Tensor, states: Tensor, before: Tensor | None) -> Tensor:
+        """Logits of the head's products with states: the bigram's are added. What the confidence head says is kept for
+        `rated`.
+        """
+        bigram, self._sure = self.module.bigram, None
+        if bigram is not None and before is not None:
+            products = bigram.added(products, before)
+            self._sure = None if bigram.sure is None else bigram.sureness(states, before).sigmoid()
+        return self.target.scaled(products)
+
+    def rated(self, probs_BS: Tensor) -> Tensor:
+        """Probabilities of the likeliest tokens, best first, as the confidence head has it: its word for the first, and
+        what that leaves among the others.
+        """
+        if self._sure is None:
+            return probs_BS
+        sure_B1 = self._sure[:, None].to(probs_BS.dtype)
+        left_B1 = (1 - sure_B1) / (1 - probs_BS[:, :1]).clamp(min=1e-6)
+        return torch.cat([sure_B1, probs_BS[:, 1:] * left_B1], dim=1)
+
+    def last_tokens(self, sequences: Sequence[SequenceState], drafts: list[Draft]) -> Tensor:
+        """[B] what the next token follows."""
+        last = [(draft.tokens or s.tokens)[-1] for s, draft in zip(sequences, drafts, strict=True)]
+        return torch.tensor(last, device=self.target.device)
 
     def another(self, sample: bool) -> OwnDrafter:
         """See ModuleDrafter."""
@@ -165,7 +191,7 @@ class ChainDrafter(OwnDrafter, ABC):
         """[B] tokens, their probabilities and, where they are drawn, what they are drawn from [B, V]."""
         if not self.sample:
             sure_B, tokens_B = probabilities(logits_BM).max(dim=-1)
-            ids = self.module.draft_vocab_ids
+            ids, sure_B = self.module.draft_vocab_ids, self.rated(sure_B[:, None])[:, 0]
             return tokens_B if ids is None else ids[tokens_B], sure_B, None
         probs_BV = self.proposals(logits_BM)
         tokens_B = draw(probs_BV, self.generator)

@@ -242,8 +242,9 @@ class HeadsDrafter(OwnDrafter):
         """See ModuleDrafter. No head reads what was drafted before it: all are read at once."""
         if k == 1:
             self.calls += 1
-            self._all_BKM = self._logits(sequences, max(asked))
-        return self._all_BKM[:, k - 1]
+            self._all = self._products(sequences, max(asked))
+        products_BKM, states_BKD = self._all
+        return self.said(products_BKM[:, k - 1], states_BKD[:, k - 1], self.last_tokens(sequences, drafts))
 
     @torch.no_grad()
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
@@ -258,7 +259,12 @@ class HeadsDrafter(OwnDrafter):
         if depth == 0:
             return drafts
         self.calls += 1
-        logits_BKM = self._logits(sequences, depth)
+        products_BKM, states_BKD = self._products(sequences, depth)
+        if self.module.bigram is not None:
+            begin_B = self.last_tokens(sequences, drafts)
+            self._walk(drafts, products_BKM, states_BKD, begin_B, asked, GUESSES if worth is not None else 1)
+            return drafts
+        logits_BKM = self.target.scaled(products_BKM)
         if self.sample:
             self._draw(drafts, logits_BKM, asked)
             return drafts
@@ -294,6 +300,47 @@ class HeadsDrafter(OwnDrafter):
                     draft.add(token, parent, chance, self.name)
             parent = first
 
+    def _walk(
+        self,
+        drafts: list[Draft],
+        products_BKM: Tensor,
+        states_BKD: Tensor,
+        begin_B: Tensor,
+        asked: list[int],
+        guesses: int,
+    ) -> None:
+        """The same trees where a bigram makes what a head says depend on the guess before: level by level."""
+        depth, tree = products_BKM.shape[1], None if self.sample or guesses > 1 else self.tree
+        if tree is None:
+            tree = [(0,) * k + (rank,) for k in range(depth) for rank in range(1 if self.sample else guesses)]
+        made: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {(): (begin_B, begin_B, None)}
+        for parent in sorted({ranks[:-1] for ranks in tree if len(ranks) <= depth}, key=len):
+            k, children = len(parent), [ranks for ranks in tree if ranks[:-1] == parent]
+            if parent not in made:
+                continue
+            logits_BM, probs_BV = self.said(products_BKM[:, k], states_BKD[:, k], made[parent][0]), None
+            if self.sample:
+                probs_BV = self.proposals(logits_BM)
+                tokens_BS = draw(probs_BV, self.generator)[:, None]
+                sure_BS = probs_BV.gather(1, tokens_BS)
+            else:
+                width, ids = 1 + max(ranks[-1] for ranks in children), self.module.draft_vocab_ids
+                best = probabilities(logits_BM).topk(min(width, logits_BM.shape[1]), dim=-1)
+                tokens_BS, sure_BS = best.indices if ids is None else ids[best.indices], self.rated(best.values)
+            for ranks in children:
+                if ranks[-1] < tokens_BS.shape[1]:
+                    made[ranks] = tokens_BS[:, ranks[-1]], sure_BS[:, ranks[-1]], probs_BV
+        laid = [ranks for ranks in tree if ranks in made]
+        columns = torch.stack([x_B.double() for ranks in laid for x_B in made[ranks][:2]], dim=1).tolist()
+        for b, draft in enumerate(drafts):
+            at: dict[tuple[int, ...], int] = {(): -1}
+            for i, ranks in enumerate(laid):
+                token, chance, probs_BV = int(columns[b][2 * i]), columns[b][2 * i + 1], made[ranks][2]
+                offered = guesses == 1 or ranks[-1] == 0 or chance >= LEAST
+                if len(ranks) <= asked[b] and ranks[:-1] in at and offered:
+                    row_V = None if probs_BV is None else probs_BV[b]
+                    at[ranks] = draft.add(token, at[ranks[:-1]], chance, self.name, row_V)
+
     def _draw(self, drafts: list[Draft], logits_BKM: Tensor, asked: list[int]) -> None:
         probs_BKV = self.proposals(logits_BKM)
         drawn_BK = draw(probs_BKV.flatten(0, 1), self.generator).view(probs_BKV.shape[:2])
@@ -302,8 +349,8 @@ class HeadsDrafter(OwnDrafter):
             for k in range(asked[b]):
                 draft.add(tokens[k], k - 1, sure_BK[b][k], self.name, probs_BKV[b, k])
 
-    def _logits(self, sequences: Sequence[SequenceState], depth: int) -> Tensor:
-        """[B, depth, M]: what each head says at each sequence's newest state."""
+    def _products(self, sequences: Sequence[SequenceState], depth: int) -> tuple[Tensor, Tensor]:
+        """[B, depth, M]: what each head says at each sequence's newest state, before scaling; and [B, depth, D]."""
         attends, longest = self._ring is None, max(s.cached for s in sequences)
         starts = [self._done[s.slot] if self._ring is None else max(s.cached - self._ring, 0) for s in sequences]
         if attends:  # all of them, since no cache may fall behind
@@ -318,11 +365,12 @@ class HeadsDrafter(OwnDrafter):
             for s in sequences:
                 self._done[s.slot] = s.cached
         newest_KBD = newest_KBD[:depth]
+        states_BKD = newest_KBD.transpose(0, 1)
         if self._head is not None:
-            return self.target.scaled(self._head(newest_KBD.transpose(0, 1)))
+            return self._head(states_BKD), states_BKD
         states = newest_KBD.to(self._dtype(newest_KBD))
         outputs = [head.output(state_BD) for head, state_BD in zip(self._view.heads, states, strict=False)]
-        return self.target.scaled(torch.stack(outputs, dim=1))
+        return torch.stack(outputs, dim=1), states_BKD
 
     def _dtype(self, states: Tensor) -> torch.dtype:
         """In which the heads compute: what learns is fp32, whatever the target is."""

@@ -91,8 +91,10 @@ class MaskedDrafter(ChainDrafter):
     def span_logits(
         self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, asked: list[int], rows: Any
     ) -> Tensor:
-        """See ModuleDrafter. Without a sampler no depth reads what was drafted before it: all are read at once."""
-        if self._sampler is not None:
+        """See ModuleDrafter. Without a sampler and a bigram no depth reads what was drafted before it: all are read at
+        once.
+        """
+        if self._sampler is not None or self.module.bigram is not None:
             return self._step(sequences, drafts, k, asked)
         if k == 1:
             self.calls += 1
@@ -150,13 +152,15 @@ class MaskedDrafter(ChainDrafter):
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
         want = [b for b, length in enumerate(wanted) if length >= k]
         state_BD = torch.stack([self._states[sequences[b].slot][k - 1] for b in want])  # type: ignore[index]
+        before_B = self.last_tokens([sequences[b] for b in want], [drafts[b] for b in want])
         if self._sampler is not None:
-            before = [drafts[b].tokens[-1] if len(drafts[b]) else sequences[b].tokens[-1] for b in want]
-            state_BD = self._sampler(self.target.embed(torch.tensor(before, device=state_BD.device)), state_BD)
-        logits_BM = self.target.scaled(self._head(state_BD))
+            state_BD = self._sampler(self.target.embed(before_B), state_BD)
+        logits_BM = self.said(self._head(state_BD), state_BD, before_B)
         self.calls += 1
         if len(want) == len(sequences):
             return logits_BM
+        if self._sure is not None:
+            self._sure = self._sure.new_zeros(len(sequences)).index_copy_(0, torch.tensor(want), self._sure)
         out_BM = logits_BM.new_zeros(len(sequences), logits_BM.shape[1])
         out_BM[want] = logits_BM
         return out_BM

@@ -218,7 +218,11 @@ class SequentialDrafter(ChainDrafter):
         newest_BD = self._cache.held((STATE, 0))[0].new_zeros(len(sequences), self.target.hidden_size)
         for part, starts, rows in reading_plan(counts, done, longest + FEW_ROWS):
             newest_BD[part] = self._forward(sequences[part], k, starts, rows)
-        return self.target.scaled(self._head(newest_BD))
+        before_B = None
+        if self.module.bigram is not None:
+            places = [s.slot * self._cache.capacity + s.cached - 1 + k for s in sequences]
+            before_B = self._cache.held(TOKENS)[0][places]
+        return self.said(self._head(newest_BD), newest_BD, before_B)
 
     def _forward(self, sequences: Sequence[SequenceState], k: int, starts: list[int], counts: list[int]) -> Tensor:
         """[B, D] of the last of these rows at depth k: counts[b] of sequence b from starts[b] on."""

@@ -1,4 +1,6 @@
-"""On-policy data: the target answers the prompts itself, as its own generate would, in continuous batches; a killed run
+"""What a module learns from, made by the target: its own answers, and given texts that it reads.
+
+On-policy data: the target answers the prompts itself, as its own generate would, in continuous batches; a killed run
 goes on, and several processes share the prompts.
 
 What a module must predict is what the target will say, so the target's own answers are the cheapest large gain there is
@@ -14,6 +16,7 @@ import datetime
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +26,12 @@ import torch
 import torch.distributed as dist
 
 from foretell.data.cache import HiddenRecorder, HiddenStore
-from foretell.data.prompts import encode_prompts
+from foretell.data.prompts import encode_prompts, encode_rows
+from foretell.data.rows import GIVEN, detect_form
 from foretell.decoding.generate import MTPGenerate
 from foretell.decoding.stats import GenerationStats
+from foretell.methods.base import chosen_tokens
+from foretell.methods.learning import in_eval_mode
 from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.types import IGNORE_INDEX, SequenceState
@@ -115,6 +121,57 @@ def regenerate(
             _merge(folder, about)
         dist.barrier(together)
     return HiddenStore.load(folder, keys=list(by_key)), stats
+
+
+def split_given(rows: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """(rows to answer, rows to read): rows of text are read, and of those with an answer as many as make the share."""
+    texts = [i for i, row in enumerate(rows) if detect_form(row) == "text"]
+    answered = [i for i, row in enumerate(rows) if detect_form(row) not in ("text", "prompt")]
+    random.Random(seed).shuffle(answered)
+    read = {*texts, *answered[: max(round(share * len(rows)) - len(texts), 0)]}
+    return [row for i, row in enumerate(rows) if i not in read], [rows[i] for i in sorted(read)]
+
+
+@torch.no_grad()
+def read_given(
+    mtp: MTPModel,
+    rows: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    max_length: int = 1024,
+    keep_hidden: bool = True,
+    skip_bad: bool = False,
+    deadline: Callable[[], bool] | None = None,
+) -> HiddenStore:
+    """A teacher on any text: the target reads rows as they stand, in prefill, far cheaper a token than answering.
+
+    Labels are what it would say in each trained token's place, so they teach as its own answers do, under "labels" or a
+    teacher's supervision alike; its states are kept as `regenerate`'s are. Arguments as there; what was read is not
+    read again.
+    """
+    encoded, _ = encode_rows(rows, tokenizer, max_length, vocab_size=mtp.target.vocab_size, skip_bad=skip_bad)
+    fingerprint: dict[str, Any] = {"target": mtp.target.fingerprint(), "given": True}
+    if keep_hidden:
+        fingerprint["hidden_source"] = mtp.mtp_config.hidden_source
+    width, dtype = (mtp.target.hidden_size, mtp.target.dtype) if keep_hidden else (None, torch.float32)
+    by_key = {GIVEN + hashlib.sha256(json.dumps(row["input_ids"]).encode()).hexdigest()[:24]: row for row in encoded}
+    with HiddenStore(folder, fingerprint=fingerprint, width=width, dtype=dtype) as store, in_eval_mode(mtp.model):
+        missing = [(key, row) for key, row in by_key.items() if key not in store and len(row["input_ids"]) > 1]
+        with Progress("given texts", total=len(missing), unit="texts") as bar:
+            for key, row in missing:
+                if deadline is not None and deadline():
+                    break
+                ids_1T = torch.tensor([list(row["input_ids"])], device=mtp.device)
+                states = mtp.target.forward_text(ids_1T, torch.arange(ids_1T.shape[1], device=mtp.device)[None])
+                at_N = (torch.tensor(list(row["labels"]), device=mtp.device) != IGNORE_INDEX).nonzero()[:, 0]
+                at_N = at_N[at_N > 0]
+                labels_T = torch.full_like(ids_1T[0], IGNORE_INDEX)
+                labels_T[at_N] = chosen_tokens(mtp.target.logits, states.post_norm_BRD[0], at_N - 1)
+                kept_TD = mtp.module.source(states)[0].cpu() if keep_hidden else None
+                store.append(key, ids_1T[0].tolist(), labels_T.tolist(), kept_TD)
+                bar.update(1)
+    return HiddenStore.load(folder, keys=list(by_key))
 
 
 def _merge(folder: Path, about: dict[str, Any]) -> None:

@@ -400,6 +400,27 @@ def test_an_adapter_on_four_bits_learns_and_is_stored(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "saved")), logits(trainer.mtp.model))
 
 
+@pytest.mark.parametrize("door", ["own", "trl"])
+@pytest.mark.parametrize("method", ["sequential", "masked", "heads"])
+def test_an_evaluation_takes_no_gradient_from_an_adapter_on_four_bits(method, door, tmp_path):
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "base")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, device_map="cpu")
+    how = {**SGD, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "method": {"method": method}}
+    trainer = make(door, get_peft_model(base, LoraConfig(**LORA)), tmp_path, eval_dataset=rows(2, seed=9), **how)
+    moved_in: list[set[str]] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            named = trainer.mtp.model.named_parameters()
+            moved_in.append({n for n, p in named if p.grad is not None and bool(p.grad.abs().sum() > 0)})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    adapters = {name for name, p in trainer.mtp.model.named_parameters() if p.requires_grad}
+    assert adapters and moved_in == [adapters] * 3
+
+
 def test_a_resumed_run_keeps_every_digit_of_parameters_in_mixed_precision(tmp_path):
     def mixed() -> Any:
         model = tiny_model().to(torch.bfloat16)

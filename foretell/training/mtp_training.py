@@ -231,6 +231,8 @@ class MTPTraining(Trainer):
         if self.mtp is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training, of_a_step = self.mtp.training, num_items_in_batch is not None
+        if training and args.trains_target:
+            _unpack(self.mtp.model)
         counts_K1 = self._counts_K1 if of_a_step else self._count(inputs)
         assert counts_K1 is not None
         shared = of_a_step and args.average_tokens_across_devices
@@ -461,6 +463,16 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, json.JSONDecodeError):
             warnings.warn(f"{folder} was not written to its end and is passed over.", stacklevel=2)
     return None
+
+
+def _unpack(model: nn.Module) -> None:
+    """Take back what bitsandbytes does to four-bit weights in a forward in eval mode, of an evaluation or before the
+    run: on some CPUs it repacks them for a kernel without a backward, for good, but for what it stores.
+    """
+    for part in model.modules():
+        state = getattr(getattr(part, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            part._save_to_state_dict({}, "", True)
 
 
 def _waiting(later: Any, first: int) -> Any:

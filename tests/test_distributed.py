@@ -44,6 +44,8 @@ BASE = {
 }
 PLANS: dict[str, dict[str, Any]] = {
     "standalone": {"max_grad_norm": 0.0, "mtp_supervision": "teacher", "mtp_loss": "kl"},
+    # one module for all depths: of rows without a label nothing but keys and values is used
+    "shared": {"max_grad_norm": 0.0},
     # texts of 20 tokens are streamed in chunks, of 6 are not: ranks differ in how often they read the target
     "masked": {"max_grad_norm": 0.0, "mtp_supervision": "teacher", "mtp_loss": "kl"},
     # an epsilon beside which small gradients stay small: else Adam makes whole steps of their rounding
@@ -68,10 +70,11 @@ ALL_PLANS = {**PLANS, **SFT_PLANS}
 SPOILT: dict[str, dict[str, Any]] = {
     name: {**PLANS["joint"], "nonfinite_loss": "skip"} for name in ("skip", "skip-trl")
 }
-FROZEN = ("standalone", "masked")  # the target does not learn
+FROZEN = ("standalone", "masked", "shared")  # the target does not learn
 MODULES: dict[str, dict[str, Any]] = {
     "masked": {"method": "masked", "depth": 2, "chunk_size": 8, "lora_rank": 4, "mask_tokens": "distinct"},
     "forced": {"method": "masked", "depth": 2, "lora_rank": 0, "sampler": False},
+    "shared": {"method": "sequential", "depth": 2, "shared_module": True, "initialisation": "copy"},
 }
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
@@ -83,7 +86,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     for at in range(count):
         length = 6 + 14 * (at % 2)
         ids = torch.randint(2, VOCAB, (length,), generator=generator).tolist()
-        out.append({"input_ids": ids, "labels": [IGNORE_INDEX] * 2 + ids[2:]})
+        out.append({"input_ids": ids, "labels": [IGNORE_INDEX] * 4 + ids[4:]})
     return out
 
 

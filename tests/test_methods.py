@@ -37,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "heads": {"head_type": "layer", "dropout": 0.0, "hidden_source": "post_norm"},
     "masked": {"mask_tokens": "distinct", "lora_rank": 4, "lora_alpha": 4.0},  # more of it: test_masked.py
 }
+# one module for all depths has another attention than a module for each
+CASES = [*METHODS, "shared"]
 SUPERVISIONS = [
     ("labels", "ce"),
     ("teacher", "ce"),
@@ -53,6 +55,8 @@ Document = tuple[list[int], list[int]]  # ids, labels
 
 
 def settings(method: str, **changes: Any) -> MTPConfig:
+    if method == "shared":
+        return settings("sequential", shared_module=True, **changes)
     return config_class(method)(**{**SETTINGS[method], **changes})
 
 
@@ -142,7 +146,7 @@ def test_every_method_is_tested():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_a_training_step_on_every_architecture(method, architecture):
     mtp = make(method, architecture, depth=2).train()
     losses = backward(mtp, packed(ROWS))
@@ -173,7 +177,7 @@ def test_one_batch_is_learned_by_heart(method):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_standalone_gives_the_target_exactly_nothing(method, depth, tied, checkpointing):
     # the target trains too (as under RL), its own loss times zero: what is left is what leaks from the module
     mtp = make(method, depth=depth, model={"tie_word_embeddings": tied}).train()
@@ -306,25 +310,51 @@ class Plain:
 
 
 class PlainSequential(Plain):
-    """DeepSeek-V3's chain."""
+    """DeepSeek-V3's chain; of one module for all depths EAGLE's, every chain of every token by itself."""
+
+    def fused(self, block: nn.Module, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """What the block's layer reads."""
+        halves = [block.enorm(embedding), block.hnorm(hidden)]
+        if self.config.fusion_order == "hidden_embedding":
+            halves.reverse()
+        return F.linear(torch.cat(halves, dim=-1), block.eh_proj.weight)
+
+    def next_states(self, known: Tensor, embedding: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(what the head reads, what the next depth receives, all rows so far) of one more row [1, 1, D]."""
+        block = self.mtp.module.blocks[0]
+        rows = torch.cat([known, self.fused(block, embedding, hidden)], dim=1)
+        raw = self.run_block(block.block, rows)[:, -1:]
+        state = block.norm(raw)
+        return state, raw if self.config.chain_raw else state, rows
+
+    def ahead(self, ids: list[int], k: int, detach: bool) -> Tensor:
+        """[1, T, D] embeddings of the tokens k ahead, zeros where there are none."""
+        found = self.mtp.target.embed_tokens(torch.tensor([ids[k:]], dtype=torch.long))
+        missing = found.new_zeros(1, len(ids) - found.shape[1], found.shape[2])
+        return torch.cat([found.detach() if detach else found, missing], dim=1)
 
     def states(self, ids: list[int], source: Tensor, detach: bool) -> Iterator[Tensor]:
         """[1, T, D] of each depth: what the head reads."""
-        T, config = len(ids), self.config
+        K = self.config.depth
+        if not self.config.shared_module and K > 1:
+            yield from self.by_depth(ids, source, detach)
+            return
+        of_token, tables = [], [self.ahead(ids, k, detach) for k in range(1, K + 1)]
+        text = self.fused(self.mtp.module.blocks[0], tables[0], source)
+        for t in range(len(ids)):
+            rows, hidden, of_token = text[:, :t], source[:, t : t + 1], [*of_token, []]
+            for table in tables:
+                state, hidden, rows = self.next_states(rows, table[:, t : t + 1], hidden)
+                of_token[t].append(state)
+        yield from (torch.cat(states, dim=1) for states in zip(*of_token, strict=True))
+
+    def by_depth(self, ids: list[int], source: Tensor, detach: bool) -> Iterator[Tensor]:
+        """[1, T, D] of each depth: what the head reads."""
         hidden = source
-        for k in range(1, config.depth + 1):
-            block = self.mtp.module.blocks[0 if config.shared_module else k - 1]
-            embedding = torch.zeros_like(source)
-            if k < T:
-                ahead = self.mtp.target.embed_tokens(torch.tensor([ids[k:]]))
-                embedding = torch.cat([ahead.detach() if detach else ahead, embedding[:, :k]], dim=1)
-            halves = [block.enorm(embedding), block.hnorm(hidden)]
-            if config.fusion_order == "hidden_embedding":
-                halves.reverse()
-            fused = F.linear(torch.cat(halves, dim=-1), block.eh_proj.weight)
-            raw = self.run_block(block.block, fused)
+        for k, block in enumerate(self.mtp.module.blocks, start=1):
+            raw = self.run_block(block.block, self.fused(block, self.ahead(ids, k, detach), hidden))
             state = block.norm(raw)
-            hidden = raw if config.chain_raw else state
+            hidden = raw if self.config.chain_raw else state
             yield state
 
 
@@ -474,8 +504,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("mode", ["standalone", "joint"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("supervision", "kind"), SUPERVISIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "supervision", "kind"),
+    [*((m, *how) for m in METHODS for how in SUPERVISIONS), ("shared", "labels", "ce"), ("shared", "teacher", "kl")],
+)
 def test_losses_equal_plain_autograd_over_all_logits(method, supervision, kind, variant, mode):
     options = dict(VARIANTS[variant])
     if method == "masked":
@@ -550,7 +582,7 @@ def test_a_loss_never_counts_more_rows_than_it_is_divided_by(method, supervision
             assert [int(loss.count) for loss in losses] == counts[1:].tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_an_all_masked_batch_is_finite_and_changes_nothing(method):
     mtp = make(method, depth=2).train()
     inputs = packed(ROWS)
@@ -565,7 +597,7 @@ def test_an_all_masked_batch_is_finite_and_changes_nothing(method):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_packed_training_equals_one_document_at_a_time(method, depth):
     mtp = make(method, depth=depth).train()
     losses = backward(mtp, packed(ROWS), mtp_training_mode="joint", train_target=True)
@@ -591,7 +623,7 @@ def document_logits(mtp: MTPModel, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_states_do_not_see_across_documents_on_any_architecture(method, architecture):
     # mixture layers may gather tokens of other documents into one matrix product, never into a number
     mtp = make(method, architecture, depth=2)
@@ -608,7 +640,7 @@ def test_states_do_not_see_across_documents_on_any_architecture(method, architec
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_padding_is_seen_by_nobody(method, architecture):
     mtp = make(method, architecture, depth=2)
     texts = [ids for row in ROWS for ids, _ in row]
@@ -629,12 +661,12 @@ def test_padding_is_seen_by_nobody(method, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_draft_logits_follow_the_recipe_on_every_architecture(method, architecture):
     mtp = make(method, architecture, depth=3)
     ids = ROWS[1][0][0]
     with torch.no_grad():
-        states, _ = REFERENCES[method](mtp)(ids)
+        states, _ = REFERENCES[mtp.mtp_config.method](mtp)(ids)
         wanted = torch.stack([plain_logits(mtp, state[0], detach=True) for state in states], dim=1)
     logits = document_logits(mtp, ids)
     assert logits.shape == (len(ids), 3, VOCAB)
@@ -692,16 +724,26 @@ def test_sequential_by_hand(shared_module, hidden_source, fusion_order, chain_ra
             hidden = llama_layer_by_hand(layer, config, hidden)
         if hidden_source == "post_norm":
             hidden = rms(hidden, mtp.target.norm.weight, config.rms_norm_eps)
-        wanted = []
+        source, wanted, chains = hidden, [], []
         for k in range(1, 4):
             block = mtp.module.blocks[0 if shared_module else k - 1]
-            embedding = torch.zeros(len(ids), 32)
-            embedding[: len(ids) - k] = mtp.model.model.embed_tokens.weight[ids[k:]]
-            e = rms(embedding, block.enorm.weight, config.rms_norm_eps)
-            h = rms(hidden, block.hnorm.weight, config.rms_norm_eps)
-            W = block.eh_proj.weight  # [D, 2D]: columns of the first half, then of the second
-            first, second = (e, h) if fusion_order == "embedding_hidden" else (h, e)
-            raw = llama_layer_by_hand(block.block, config, first @ W[:, :32].T + second @ W[:, 32:].T)
+
+            def fused(k: int, hidden: Tensor, block: Any = block) -> Tensor:
+                embedding = torch.zeros(len(ids), 32)
+                embedding[: len(ids) - k] = mtp.model.model.embed_tokens.weight[ids[k:]]
+                e = rms(embedding, block.enorm.weight, config.rms_norm_eps)
+                h = rms(hidden, block.hnorm.weight, config.rms_norm_eps)
+                W = block.eh_proj.weight  # [D, 2D]: columns of the first half, then of the second
+                first, second = (e, h) if fusion_order == "embedding_hidden" else (h, e)
+                return first @ W[:, :32].T + second @ W[:, 32:].T
+
+            if shared_module:  # each row behind depth 1 of the text up to its chain's start, and the chain so far
+                text, own = fused(1, source), fused(k, hidden)
+                chains.append(own[:, None])
+                rows = [torch.cat([text[:t], *(c[t] for c in chains)]) for t in range(len(ids))]
+                raw = torch.stack([llama_layer_by_hand(block.block, config, row)[-1] for row in rows])
+            else:
+                raw = llama_layer_by_hand(block.block, config, fused(k, hidden))
             state = rms(raw, block.norm.weight, config.rms_norm_eps)
             wanted.append(state @ mtp.model.lm_head.weight.T)
             hidden = raw if chain_raw else state

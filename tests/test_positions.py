@@ -21,12 +21,14 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 from foretell.decoding import loop
-from foretell.methods import chain
+from foretell.methods import chain, sequential
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
 from foretell.methods.sequential import SequentialConfig
 from foretell.models.attention import RowMasks
+from foretell.models.target import TargetRows
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.types import SequenceState
 
 BORDER = 32
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [16.0] * 4}
@@ -256,6 +258,49 @@ def test_prompts_of_one_token_beside_longer_ones(method):
         for settings in ({"num_draft_tokens": 1}, {"slots": 2}, {"num_draft_tokens": "auto"}):
             assert ours(mtp, rows, 5, **settings) == wanted, (lengths, settings)
         assert len(ours(mtp, rows, 5, policy="static_k")) == len(rows)
+
+
+@pytest.mark.parametrize("method", ["sequential", "shared"])
+def test_texts_that_wait_to_be_read_draft_the_same(method, monkeypatch):
+    mtp, rows, drafted = module_of(method), texts(150, 2, 90, 1, 9), {}
+    for waiting in (1000, 64, 5, 0):  # the longest is read by the step that drafts, or on the way
+        monkeypatch.setattr(sequential, "WAITING", waiting)
+        for settings in ({"num_draft_tokens": 2}, {"num_draft_tokens": 2, "slots": 2}):
+            spy = Spy(mtp.drafter())
+            told = ours(mtp, rows, 12, drafter=spy, **settings)
+            found = told, sorted((at, draft.tokens) for _, at, draft in spy.drafted)
+            assert drafted.setdefault("first", found) == found and any(tokens for _, tokens in found[1])
+
+
+@torch.no_grad()
+def test_sixteen_prompts_of_sixteen_thousand_tokens_leave_keys_and_values_only():
+    # before: the states of every position, of every depth, kept on both sides of each
+    model = tiny_model(num_attention_heads=1, num_key_value_heads=1, head_dim=8, num_hidden_layers=1)
+    mtp, S, T, R, D = module_of("shared", model), 16, 16_000, 512, 32
+    states_1TD = torch.randn(1, T, D, generator=torch.Generator().manual_seed(0))
+    text = texts(T + 1)[0].tolist()
+
+    def read(slots: list[int], chunk: int) -> Any:
+        drafter = mtp.drafter().another(False)
+        drafter.open(S, T + 4)
+        for slot in slots:
+            sequence = SequenceState(text, T, index=slot, slot=slot)
+            drafter.start(slot)
+            for at in range(0, T, chunk):
+                rows = TargetRows(states_1TD[:, at : at + chunk], None)
+                sequence.cached = min(at + chunk, T)
+                drafter.observe([sequence], rows, [list(range(rows.post_norm_BRD.shape[1]))])
+        return drafter, drafter.draft([sequence], [3])[0].tokens
+
+    (drafter, tokens), (_, whole) = read([S - 1], R), read([0], T)  # one of the sixteen is read: time
+    assert tokens == whole and len(set(tokens)) > 1
+    kept, waiting = (
+        sum(flat.nbytes for parts in storage._storage.values() for flat in parts)
+        for storage in (drafter._cache, drafter._states)
+    )
+    a_token = 2 * 8 * 4 + 8  # key, value, and the token itself
+    assert S * T * a_token <= kept <= 1.7 * S * T * a_token
+    assert waiting <= 1.7 * S * (R + sequential.WAITING) * D * 4, "states of a chunk, not of a text"
 
 
 @pytest.mark.parametrize("method", ["sequential", "shared", "mha_ffn", "layer"])

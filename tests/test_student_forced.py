@@ -419,15 +419,21 @@ def by_chains(mtp: MTPModel, teacher: nn.Module, mode: str, *how: str) -> Hand:
         own_TV = plain_logits(mtp, after[0], detach).log_softmax(-1)
         hand.prefix = hand.prefix - sum(own_TV[t, v] for t, v in enumerate(labels[1:]) if v != IGNORE_INDEX)
         known = [after, *plain.states(ids, after, detach)]
+        if mtp.mtp_config.method == "sequential":
+            fused = plain.fused(mtp.module.blocks[0], plain.ahead(ids, 1, detach), after)
         for t in range(len(ids)):
             counted = [k for k, label in enumerate(labels[t + 2 : t + 2 + K]) if label != IGNORE_INDEX]
             if not counted:
                 continue
             data = [ids[min(t + 1 + j, len(ids) - 1)] for j in range(K)]
             chain, said, own = [int(own_TV[t].argmax())], [], after[:, t : t + 1]
+            rows = fused[:, :t] if mtp.mtp_config.method == "sequential" else after
             for k in range(K):
                 token = data[k] if hand.wrong == "chain" else chain[k]
-                if mtp.mtp_config.method == "sequential":
+                if mtp.mtp_config.method == "sequential" and mtp.mtp_config.shared_module:
+                    read = mtp.target.embed_tokens(torch.tensor([[token]]))
+                    own, _, rows = plain.next_states(rows, read.detach() if detach else read, own)
+                elif mtp.mtp_config.method == "sequential":
                     own = chain_row(plain, ids, k, t, known[k], own, token, detach)
                 else:
                     own = known[k + 1][:, t : t + 1]

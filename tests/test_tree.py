@@ -13,6 +13,7 @@ from foretell.ops.tree import (
     PADDING,
     ROOT,
     ancestors,
+    beside_mask,
     chain,
     chain_mask,
     depths,
@@ -174,3 +175,29 @@ def test_bad_input_is_refused():
         row_mask(chain(3)[None], torch.tensor([0]), 2)
     with pytest.raises(ValueError, match="window must be at least 1"):
         chain_mask(2, torch.tensor([0]), 4, window=0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5])
+@pytest.mark.parametrize("drafted", [False, True], ids=["the text's own", "drafted"])
+def test_chains_beside_a_text_see_their_own_rows_of_a_tree(drafted, window):
+    """Chain o's row k is the row k - 1 below owner o, or k below what stands before it: other columns, one rule."""
+    document_BT, K, rng = DOCUMENTS[:2], 3, random.Random(4)
+    (B, T), O = document_BT.shape, 4  # noqa: E741
+    owner_BO = torch.tensor([sorted(rng.sample(range(1, T), O)) for _ in range(B)])
+    first_BT = torch.tensor([[row.index(value) for value in row] for row in document_BT.tolist()])
+    order_BT = torch.stack([torch.randperm(T) for _ in range(B)])  # text may be stored in any order
+    below_BO = owner_BO - int(drafted)
+    inside_BO = below_BO >= first_BT.gather(1, owner_BO)  # else the chain begins a text: a tree of its own
+    parents_BR, _ = hang(document_BT, below_BO, torch.ones_like(owner_BO, dtype=torch.bool), K)
+    roots_BR = torch.zeros_like(parents_BR, dtype=torch.bool)
+    roots_BR[:, T::K] = ~inside_BO
+    parents_BR = parents_BR.masked_fill(roots_BR, ROOT)
+    tree_BRL = row_mask(parents_BR, torch.zeros(B, dtype=torch.long), T + O * K, window)
+    for chain_rows in range(0 if not drafted else 1, K + 1):
+        found = beside_mask(order_BT, first_BT.gather(1, owner_BO), below_BO, chain_rows, window)
+        assert found.shape == (B, O, T + chain_rows * O)
+        for b in range(B):
+            for o in range(O):
+                row = T + o * K + chain_rows - 1 if chain_rows else int(below_BO[b, o])
+                columns = [*order_BT[b].tolist(), *(T + i * K + k for k in range(chain_rows) for i in range(O))]
+                assert torch.equal(found[b, o], tree_BRL[b, row, columns])

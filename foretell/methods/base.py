@@ -187,10 +187,16 @@ class MTPModule(nn.Module):
         """[B, T, D] for each depth, what its output head reads."""
         raise TypeError(f"{type(self).__name__} says nothing about its depths.")
 
+    def taught_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
+        """depth_states of the rows that have a label of some depth; what others hold counts for nothing."""
+        return self.depth_states(target, batch, source_BTD, detach)
+
     @staticmethod
-    def embedded_ahead(target: Target, batch: Batch, k: int, detach: bool) -> Tensor:
-        """[B, T, D] embeddings of the tokens k ahead; zeros where there are none."""
+    def embedded_ahead(target: Target, batch: Batch, k: int, detach: bool, at_BO: Tensor | None = None) -> Tensor:
+        """[B, T, D] embeddings of the tokens k ahead, zeros where there are none; or [B, O, D], of columns at_BO."""
         ids_BT, inside_BT = ahead(batch.input_ids_BT, k, batch.document_BT, fill=0)
+        if at_BO is not None:
+            ids_BT, inside_BT = ids_BT.gather(1, at_BO), inside_BT.gather(1, at_BO)
         embedding_BTD = target.embed(ids_BT)
         embedding_BTD = embedding_BTD.detach() if detach else embedding_BTD
         return embedding_BTD * inside_BT[..., None].to(embedding_BTD.dtype)
@@ -283,7 +289,7 @@ class MTPModule(nn.Module):
         teacher_MD, teacher_bias_M = self.target_head(target, detach=True)
         T, D = post_BTD.shape[1], post_BTD.shape[2]
         learned, said = range(1, (depths or self.config.depth) + 1), []
-        states = self.depth_states(target, batch, source_BTD.detach() if detach else source_BTD, detach)
+        states = self.taught_states(target, batch, source_BTD.detach() if detach else source_BTD, detach)
         for k, state_BTD in zip(learned, states, strict=False):
             what: dict[str, Any] = {"labels_N": labels_BTK[..., k - 1].reshape(-1)}
             if supervision == "teacher":

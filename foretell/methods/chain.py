@@ -58,13 +58,23 @@ def begin_rows(
     and its masks are told.
     """
     R = max(counts)
-    lengths_B, visible = torch.tensor(starts, device=device), max(starts) + R
+    lengths_B, valid_rows_B, start = begin_cache(cache, slot, starts, counts, device)
+    full = R == 1 and start is not None
+    masks.begin(lengths_B, max(starts) + R, R, valid_rows_B=valid_rows_B, full=full, start=start)
+    return lengths_B[:, None] + torch.arange(R, device=device)
+
+
+def begin_cache(
+    cache: SlotCache, slot: int, starts: list[int], counts: list[int], device: torch.device
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """(lengths_B, valid_rows_B, start) of these rows, as a RowMasks takes them; the cache is told."""
+    R = max(counts)
+    lengths_B = torch.tensor(starts, device=device)
     valid_rows_B = None if min(counts) == R else torch.tensor(counts, device=device)
     valid_BR = None if valid_rows_B is None else torch.arange(R, device=device) < valid_rows_B[:, None]
     start = starts[0] if valid_rows_B is None and min(starts) == max(starts) else None
-    cache.begin(slot, lengths_B, valid_BR, R, visible, start)
-    masks.begin(lengths_B, visible, R, valid_rows_B=valid_rows_B, full=R == 1 and start is not None, start=start)
-    return lengths_B[:, None] + torch.arange(R, device=device)
+    cache.begin(slot, lengths_B, valid_BR, R, max(starts) + R, start)
+    return lengths_B, valid_rows_B, start
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -1,34 +1,40 @@
 """Sequential MTP modules: depth k reads depth k-1's states and the token k ahead.
 
 DeepSeek-V3 report (arXiv 2412.19437, section 2.2); one module reused at every depth is FastMTP (arXiv 2509.18362).
-Training, draft_logits and the drafter below run the same MTPBlock at the same positions, with one key-value cache a
-depth, so that what was trained is what drafts.
+Training, draft_logits and the drafter below run the same MTPBlock at the same positions over the same keys, so that
+what was trained is what drafts. One module for all depths has one key-value cache, as engines run it: depth k stands
+k - 1 positions further on than the state it came from, behind the rows of depth 1 (`chain_rows.py`). Modules with a
+block for each depth have a cache for each, and their positions stay (DeepSeek).
 """
 
-# B sequences, T positions, R rows of a step, K depths, N rows flattened, D hidden width, V vocabulary, M draft
-# vocabulary.
+# B sequences, T positions, O chains, R rows of a step, K depths, N rows flattened, D hidden width, V vocabulary, M
+# draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from foretell.methods.base import MTPConfig, MTPModule
-from foretell.methods.chain import FEW_ROWS, ChainDrafter, begin_rows, reading_plan
+from foretell.methods.chain import FEW_ROWS, ChainDrafter, begin_cache, begin_rows, reading_plan
+from foretell.methods.reading import columns_of, owners_of, text_length
 from foretell.models.attention import RowMasks
+from foretell.models.chain_rows import ChainRows
 from foretell.models.fast import fast_view
 from foretell.models.mtp_block import FusionOrder, MTPBlock
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.tree import forest
-from foretell.types import Batch, Draft, SequenceState, Worth
+from foretell.types import IGNORE_INDEX, Batch, Draft, SequenceState, Worth
 
 LONGEST_SHARED = 16
-STATE, TOKENS = "state", "tokens"  # beside keys and values: h^k of each depth, and the texts themselves
+TOKENS = "tokens"  # kept beside keys and values: the texts themselves
+WAITING = 64  # tokens of a text that may wait to be read until somebody drafts
 
 
 @dataclass(kw_only=True)
@@ -82,9 +88,19 @@ class SequentialModule(MTPModule):
         """The block of a depth (1-based)."""
         return self.blocks[0 if self.config.shared_module else depth - 1]
 
+    @property
+    def one_cache(self) -> bool:
+        """Whether all depths share their keys and values."""
+        return self.config.shared_module or self.config.depth == 1
+
     def depth_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
         """h^k for k = 1..K: [B, T, D] each, what the output head reads. detach keeps gradient from the
         embeddings."""
+        if self.one_cache:
+            column_BT, _ = columns_of(batch.document_BT)
+            read = partial(self.embedded_ahead, target, batch, detach=detach)
+            yield from self._chains(target, batch, source_BTD, column_BT, read, detach)
+            return
         for block in self.blocks:
             block.masks.begin_text(batch.document_BT)
         hidden_BTD = source_BTD
@@ -95,10 +111,77 @@ class SequentialModule(MTPModule):
             state_BTD, hidden_BTD = block(embedding_BTD, hidden_BTD, places, batch.position_ids_BT)
             yield state_BTD
 
+    def taught_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
+        """See MTPModule: chains from labelled tokens only."""
+        carries_BT = (self.labels(batch) != IGNORE_INDEX).any(-1)
+        if not self.one_cache or bool(carries_BT.all()):
+            yield from self.depth_states(target, batch, source_BTD, detach)
+            return
+        owner_BO, _ = owners_of(carries_BT, max(int(carries_BT.sum(1).amax()), 1))
+        read = partial(self.embedded_ahead, target, batch, detach=detach, at_BO=owner_BO)
+        for state_BOD in self._chains(target, batch, source_BTD, owner_BO, read, detach):
+            at_BOD = owner_BO[..., None].expand_as(state_BOD)
+            yield state_BOD.new_zeros(source_BTD.shape).scatter(1, at_BOD, state_BOD)
+
+    def _chains(
+        self,
+        target: Target,
+        batch: Batch,
+        source_BTD: Tensor,
+        owner_BO: Tensor,
+        read: Callable[[int], Tensor],
+        detach: bool,
+        drafted: bool = False,
+    ) -> Iterator[Tensor]:
+        """[B, O, D] states of each depth of chains that start at chosen tokens, over one cache. read: the embeddings
+        [B, O, D] of the tokens k ahead, asked for once depth k - 1 is known. drafted: they are the chain's own already
+        at depth 1; else its rows of depth 1 are the text's.
+        """
+        block, T = self.block(1), source_BTD.shape[1]
+        _, start_BT = columns_of(batch.document_BT)
+        chosen_BT = torch.zeros_like(start_BT, dtype=torch.bool).scatter_(1, owner_BO, not drafted)
+        others_BP, _ = owners_of(~chosen_BT, T if drafted else T - owner_BO.shape[1])
+
+        def states(k: int, at_BO: Tensor, read_BOD: Tensor, hidden_BOD: Tensor, rows: ChainRows) -> tuple:
+            positions_BO = batch.position_ids_BT.gather(1, at_BO) + (k - 1)
+            places = target.position_embeddings(hidden_BOD, positions_BO, block.layer_type, text_length(batch))
+            return block(read_BOD, hidden_BOD, places, positions_BO, rows=rows)
+
+        def source(at_BO: Tensor) -> Tensor:
+            return source_BTD.gather(1, at_BO[..., None].expand(-1, -1, source_BTD.shape[2]))
+
+        text, hidden_BOD = ChainRows(), source(owner_BO)
+        if others_BP.shape[1]:
+            others_BPD = self.embedded_ahead(target, batch, 1, detach, others_BP)
+            unused_BPD, _ = states(1, others_BP, others_BPD, source(others_BP), text)
+            if hasattr(block.block, "unshard"):  # FSDP gathers weights for gradients where an output asks for them
+                hidden_BOD = hidden_BOD + 0.0 * unused_BPD.sum()
+        text_BC = others_BP if drafted else torch.cat([others_BP, owner_BO], dim=1)
+        first_BO, last_BO = start_BT.gather(1, owner_BO), owner_BO - int(drafted)
+        seen = text.seen
+        for k in range(1, self.config.depth + 1):
+            rows = ChainRows(text_BC, first_BO, last_BO, seen, k - 1 + drafted)
+            state_BOD, hidden_BOD = states(k, owner_BO, read(k), hidden_BOD, rows)
+            seen = rows.seen
+            yield state_BOD
+
     def propose(
         self, target: Target, batch: Batch, source_BTD: Tensor, owner_BO: Tensor, first_BO: Tensor, detach: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """See MTPModule. A chain's row stands beside its token's own: it sees the same rows before it, and itself."""
+        chain, states = [first_BO], []
+
+        def drafted(k: int) -> Tensor:
+            own_BOD = target.embed(chain[k - 1])
+            return own_BOD.detach() if detach else own_BOD
+
+        if self.one_cache:
+            for k, state_BOD in enumerate(
+                self._chains(target, batch, source_BTD, owner_BO, drafted, detach, True), start=1
+            ):
+                states.append(state_BOD)
+                chain.append(self.guess(target, state_BOD, k, chain[-1]))
+            return torch.stack(chain[:-1], dim=-1), states
         B, T = batch.input_ids_BT.shape
         parents_BT = forest(batch.document_BT)
         parents_BR = torch.cat([parents_BT, parents_BT.gather(1, owner_BO)], dim=1)
@@ -107,11 +190,10 @@ class SequentialModule(MTPModule):
         for block in self.blocks:
             block.masks.begin(nothing_B, R, R, parents_BR=parents_BR)
         own_BOD = source_BTD.gather(1, owner_BO[..., None].expand(-1, -1, source_BTD.shape[2]))
-        hidden_BRD, chain, states = torch.cat([source_BTD, own_BOD], dim=1), [first_BO], []
+        hidden_BRD = torch.cat([source_BTD, own_BOD], dim=1)
         for k in range(1, self.config.depth + 1):
-            own_BOD = target.embed(chain[-1])
             text_BTD = self.embedded_ahead(target, batch, k, detach)
-            embedding_BRD = torch.cat([text_BTD, own_BOD.detach() if detach else own_BOD], dim=1)
+            embedding_BRD = torch.cat([text_BTD, drafted(k)], dim=1)
             block = self.block(k)
             places = target.position_embeddings(hidden_BRD, positions_BR, block.layer_type)
             state_BRD, hidden_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR)
@@ -125,10 +207,12 @@ class SequentialModule(MTPModule):
 
 
 class SequentialDrafter(ChainDrafter):
-    """Drafts a chain: depth k reads position j's state of depth k-1 and token j+k, drafted where it is not known yet.
+    """Drafts a chain: depth k reads the state of depth k - 1 and the token behind the last that it has read, drafted
+    where it is not known yet.
 
-    Rows whose tokens were drafts that the target then refused are computed again with the true tokens: done counts,
-    for each depth and slot, the leading rows that saw only true tokens.
+    Rows whose tokens were drafts, or whose states a draft's, are computed again once the target has read them: done
+    counts, for each cache and slot, the leading rows that saw only what is true. A text is read as the target reads
+    it; the states of its last rows wait for the step that drafts.
     """
 
     module: SequentialModule
@@ -141,38 +225,59 @@ class SequentialDrafter(ChainDrafter):
         self._masks.hang_on(self._view)
 
     def _renew(self) -> None:
-        self._cache = SlotCache()  # of each depth, and beside it the states h^k that it gives, and the tokens
+        self._cache = SlotCache()  # of each depth, or one for all, and beside it the tokens
+        self._states = SlotCache()  # by depth, what its next reads: of positions from base on
 
     def open(self, slots: int, capacity: int) -> None:
         """See Watcher."""
         self._cache.open()
+        self._states.open()
         self._told = [0] * slots  # leading tokens that are kept on the device
-        self._done = [[0] * slots for _ in range(self.module.longest_draft)]
+        self._base = [0] * slots
+        self._done = [[0] * slots for _ in range(1 if self.module.one_cache else self.module.config.depth)]
         self._angles: dict[str | None, tuple[Tensor, ...]] = {}
 
     def start(self, slot: int) -> None:
         """See Watcher."""
         self._cache.clear(slot)
-        for done in (self._told, *self._done):
-            done[slot] = 0
+        self._states.clear(slot)
+        for numbers in (self._told, self._base, *self._done):
+            numbers[slot] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """See Watcher."""
         self._cache.move(source, target, length)
-        for done in (self._told, *self._done):
-            done[target] = done[source]
+        self._states.move(source, target, length - self._base[source])
+        for numbers in (self._told, self._base, *self._done):
+            numbers[target] = min(numbers[source], length)
 
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
         """See Watcher."""
         hidden_BRD = self.module.source(rows)
-        self._reserve(sequences)
         at, picked = [], []
-        for b, (sequence, path) in enumerate(zip(sequences, kept, strict=True)):
-            at.append((sequence.slot, sequence.cached - len(path), len(path)))
+        for b, (s, path) in enumerate(zip(sequences, kept, strict=True)):
+            before, base = s.cached - len(path), self._base[s.slot]
+            if before - base > WAITING:
+                self._base[s.slot] = min(done[s.slot] for done in self._done)
+                self._states.shift(s.slot, self._base[s.slot] - base, before - base)
+            at.append((s.slot, before - self._base[s.slot], len(path)))
             picked.extend(b * hidden_BRD.shape[1] + row for row in path)
+        self._states.reserve(max(s.slot for s in sequences) + 1, max(first + count for _, first, count in at))
         flat_ND = hidden_BRD.reshape(-1, hidden_BRD.shape[2])
         in_a_row = picked[-1] - picked[0] == len(picked) - 1
-        self._cache.fill((STATE, 0), at, flat_ND[picked[0] : picked[-1] + 1] if in_a_row else flat_ND[picked])
+        self._states.fill(0, at, flat_ND[picked[0] : picked[-1] + 1] if in_a_row else flat_ND[picked])
+        if any(s.cached - done[s.slot] > WAITING for s in sequences for done in self._done):
+            self._catch_up(sequences)
+
+    def _catch_up(self, sequences: Sequence[SequenceState]) -> None:
+        """Read what is known of these texts, but for the newest row: that is for the step that drafts."""
+        self._tell(sequences, [Draft() for _ in sequences])
+        for k, done in enumerate(self._done, start=1):
+            starts = [done[s.slot] for s in sequences]
+            ends = [min(s.cached, len(s.tokens) - 1) - k for s in sequences]
+            counts = [max(end - start, 0) for start, end in zip(starts, ends, strict=True)]
+            for part, first, rows in reading_plan(counts, starts, self._cache.capacity):
+                self._forward(sequences[part], k, first, rows)
 
     def _reserve(self, sequences: Sequence[SequenceState]) -> None:
         """Room for these, and for what is drafted behind them."""
@@ -212,37 +317,60 @@ class SequentialDrafter(ChainDrafter):
         self._cache.fill(TOKENS, [(s.slot, s.cached + k, 1) for s in sequences], tokens_B)
 
     def _step(self, sequences: Sequence[SequenceState], drafts: list[Draft], k: int, wanted: list[int]) -> Tensor:
-        """Run depth k over every row that is not done, and return the logits of each sequence's newest row [B, M]."""
-        done, longest = [self._done[k - 1][s.slot] for s in sequences], max(s.cached for s in sequences)
-        counts = [s.cached - done[b] if wanted[b] >= k else 0 for b, s in enumerate(sequences)]
-        newest_BD = self._cache.held((STATE, 0))[0].new_zeros(len(sequences), self.target.hidden_size)
-        for part, starts, rows in reading_plan(counts, done, longest + FEW_ROWS):
-            newest_BD[part] = self._forward(sequences[part], k, starts, rows)
+        """Run depth k over its rows that are not done, and return the logits of each sequence's newest row [B, M]."""
+        joins = k > 1 and self.module.one_cache
+        ends = [s.cached + (k - 1 if joins else 0) for s in sequences]
+        done = self._done[0 if joins else k - 1]
+        newest = [max(end - 1, 0) for end in ends]
+        starts = newest if joins else [min(done[s.slot], n) for s, n in zip(sequences, newest, strict=True)]
+        counts = [ends[b] - starts[b] if wanted[b] >= k else 0 for b in range(len(ends))]
+        if not joins:
+            like = self._states.held(0)[0]
+            self._newest_BD = like.new_zeros(len(sequences), like.shape[1])
+        newest_BD = torch.zeros_like(self._newest_BD)
+        for part, first, rows in reading_plan(counts, starts, max(ends) + FEW_ROWS):
+            newest_BD[part], self._newest_BD[part] = self._forward(sequences[part], k, first, rows, part)
         before_B = None
         if self.module.bigram is not None:
             places = [s.slot * self._cache.capacity + s.cached - 1 + k for s in sequences]
             before_B = self._cache.held(TOKENS)[0][places]
         return self.said(self._head(newest_BD), newest_BD, before_B)
 
-    def _forward(self, sequences: Sequence[SequenceState], k: int, starts: list[int], counts: list[int]) -> Tensor:
-        """[B, D] of the last of these rows at depth k: counts[b] of sequence b from starts[b] on."""
-        done, cache, device = self._done[k - 1], self._cache, self.target.device
-        for s, start, count in zip(sequences, starts, counts, strict=True):
-            done[s.slot] = max(done[s.slot], min(start + count, s.cached - k + 1))  # later ones read drafts
+    def _forward(
+        self,
+        sequences: Sequence[SequenceState],
+        k: int,
+        starts: list[int],
+        counts: list[int],
+        part: slice | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, D] of the last of these rows at depth k, for the head and for the next depth: counts[b] of sequence b
+        from starts[b] on. part: which of a drafting step's sequences these are.
+        """
+        cache, states, device, one = self._cache, self._states, self.target.device, self.module.one_cache
+        joins = k > 1 and one
         positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
-        hidden_BRD = cache.rows((STATE, k - 1))
+        if joins:
+            hidden_BRD = self._newest_BD[part, None]
+        else:
+            done = self._done[k - 1]
+            for s, start, count in zip(sequences, starts, counts, strict=True):
+                done[s.slot] = max(done[s.slot], min(start + count, s.cached - k + 1))  # later ones read drafts
+            columns = [start - self._base[s.slot] for s, start in zip(sequences, starts, strict=True)]
+            begin_cache(states, sequences[0].slot, columns, counts, device)
+            hidden_BRD = states.rows(k - 1)
         block = self._view.block(k)
-        cache.tower = k
+        cache.tower = 0 if one else k
         places = self._places(hidden_BRD, positions_BR, block.layer_type, starts, [s.read_as for s in sequences])
-        embedding_BRD = self.target.embed(cache.rows(TOKENS, ahead=k))
+        embedding_BRD = self.target.embed(cache.rows(TOKENS, ahead=1 if one else k))
         state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
-        if k < self.module.longest_draft:
-            cache.put((STATE, k), chained_BRD)
+        if k < len(self._done):
+            states.put(k, chained_BRD)
         self.calls += 1
         if min(counts) == max(counts):
-            return state_BRD[:, -1]
-        last_B = torch.tensor(counts, device=device).clamp_(min=1) - 1
-        return state_BRD[torch.arange(len(counts), device=device), last_B]
+            return state_BRD[:, -1], chained_BRD[:, -1]
+        at_B = torch.arange(len(counts), device=device), torch.tensor(counts, device=device).clamp_(min=1) - 1
+        return state_BRD[at_B], chained_BRD[at_B]
 
     def _places(self, like_BRD: Tensor, positions_BR: Tensor, kind: str | None, starts: list[int], read_as: Any) -> Any:
         """Rotary angles of these rows, read from a table that a run makes once where they depend on positions alone."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from foretell.models.chain_rows import ChainRows
 from foretell.models.live import OfThread
 from foretell.ops.tree import chain_mask, depths, document_mask, positions, row_mask
 
@@ -193,11 +194,14 @@ def foretell_attention(
     masks: RowMasks | None = getattr(module, "foretell_masks", None)
     plain = softcap is None and s_aux is None
     additive = query.dtype if plain else None
-    if indices is not None:
+    chains = isinstance(attention_mask, ChainRows)
+    if chains:
+        key, value, attention_mask = attention_mask.columns(key, value, sliding_window)
+    if indices is not None and not chains:  # those speak of this pass's rows alone
         chosen_B1RL = torch.zeros(B, 1, R, key.shape[2], dtype=torch.bool, device=key.device)
         attention_mask = attention_mask & chosen_B1RL.scatter_(-1, indices[:, None].long(), True)
     if attention_mask is not None:
-        mask = (_widened if masks is None else masks.widened)(attention_mask, G, additive)
+        mask = (_widened if masks is None or chains else masks.widened)(attention_mask, G, additive)
     elif masks is not None:
         mask = masks.get(sliding_window, G, additive)
     else:

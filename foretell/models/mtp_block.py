@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks
 from foretell.models.block_copy import block_copy
+from foretell.models.chain_rows import ChainRows
 from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
@@ -86,8 +87,9 @@ class MTPBlock(nn.Module):
         position_embeddings: Any,
         position_ids_BT: Tensor,
         cache: SlotCache | None = None,
+        rows: ChainRows | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All [B, T, D]; what a row sees stands in the RowMasks that hang on the block."""
+        """All [B, T, D]; what a row sees stands in `rows`, or in the RowMasks that hang on the block."""
         dtype = self.eh_proj.weight.dtype  # fp32 master weights may stand beside a bf16 target
         embedding, hidden = self.enorm(embedding_BTD.to(dtype)), self.hnorm(hidden_BTD.to(dtype))
         if isinstance(position_embeddings, tuple):  # cos and sin, in the target's type
@@ -95,7 +97,7 @@ class MTPBlock(nn.Module):
         halves = (hidden, embedding) if self.order == "hidden_embedding" else (embedding, hidden)
         raw = self.block(
             self.eh_proj(torch.cat(halves, dim=-1)),
-            attention_mask=None,
+            attention_mask=rows,
             position_ids=position_ids_BT,
             position_embeddings=position_embeddings,
             use_cache=cache is not None,

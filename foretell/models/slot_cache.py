@@ -123,6 +123,13 @@ class SlotStorage:
             for flat in parts:
                 self._grid(flat)[slot, first:] = 0
 
+    def shift(self, slot: int, by: int, length: int) -> None:
+        """Columns by, ..., length - 1 of a slot become its first."""
+        for parts in self._storage.values():
+            for flat in parts:
+                mine = self._grid(flat)[slot]
+                mine[: length - by] = mine[by:length].clone()
+
     def move(self, source: int, target: int, length: int) -> None:
         """The sequence in slot source now lives in slot target."""
         if source >= self.slots:  # nothing was written for it yet

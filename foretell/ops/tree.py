@@ -220,6 +220,29 @@ def hang(document_BT: Tensor, owner_BO: Tensor, valid_BO: Tensor, masks: int) ->
     return torch.cat([forest(document_BT), parents_BM], dim=1), kinds_BR
 
 
+def beside_mask(text_BC: Tensor, first_BO: Tensor, last_BO: Tensor, chain: int, window: int | None = None) -> Tensor:
+    """What row `chain` of each of O chains beside a text sees, in closed form: some of the text, and its own chain.
+
+    Args:
+        text_BC: [B, C] long, the text's column that each stored one holds.
+        first_BO, last_BO: [B, O] long, the run of text columns that each chain sees. It goes on behind the last.
+        chain: rows of its own that are stored, this one included; 0 for a row of the text, which stands at the last.
+        window: positions, within a chain too.
+
+    Returns:
+        bool [B, O, C + chain * O], True where visible: text columns, then the chains' first rows, their second, ...
+    """
+    B, O = last_BO.shape  # noqa: E741 (a shape letter)
+    first_BO1, last_BO1 = first_BO[..., None], last_BO[..., None]
+    text_BOC = (text_BC[:, None] >= first_BO1) & (text_BC[:, None] <= last_BO1)
+    step_C = torch.arange(1, chain + 1, device=text_BC.device)
+    own_OOC = torch.eye(O, dtype=torch.bool, device=text_BC.device)[:, None].expand(-1, chain, -1)
+    if window is not None:
+        text_BOC &= text_BC[:, None] > last_BO1 + chain - window
+        own_OOC = own_OOC & (step_C > chain - window)[:, None]
+    return torch.cat([text_BOC, own_OOC.reshape(O, -1).expand(B, -1, -1)], dim=-1)
+
+
 def interval_mask_mod(
     first_BR: Tensor, last_BR: Tensor, columns: int, masks: int, window: int | None = None
 ) -> MaskMod:

@@ -8,7 +8,9 @@ about sixteen rows, and on some machines a transposed copy reads fastest for a s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from foretell.models.kernels import ROWS, Measured
 PACKED, TRANSPOSED, DOUBLED = "packed", "transposed", "doubled"
 PACKABLE = (torch.float32, torch.bfloat16)
 # of drafts, whose numbers no text depends on: weights in fewer bits than the module's own, rows of bf16
-HALF, INT8 = "bfloat16", "int8"
+HALF, INT8, BYTES = "bfloat16", "int8", "int8 rows"  # the last one's rows are int8 too, made so at each product
 _SEVERAL_BYTES = 64 << 20  # of a weight: larger ones are copied once
 _WHOLE = 64  # torch 2.13 multiplies int8 a vector at a time: other sizes are not its own
 
@@ -55,18 +57,19 @@ class PackedLinear(Measured):
         if not self.kernels or dtype == own:
             return
         if dtype != "auto":
-            self.take([dtype] * len(ROWS))
-            if self.kept:
-                return
+            for kernel in (BYTES, INT8) if dtype == INT8 else (dtype,):
+                self.take([kernel] * len(ROWS))
+                if self.kept:
+                    return
             self.settled = False  # too coarse for these weights: whatever is fastest of the others
-        kinds = (kind for kind in (HALF, INT8) if kind not in (own, dtype))
+        kinds = (kind for kind in (HALF, INT8, BYTES) if kind not in (own, dtype))
         self.kernels = (PACKED, *kinds)
         self.key = f"draft {self.key} by {' '.join(self.kernels)}"
         self.most = 2 if sum(weight.nbytes for weight in self.weights) <= _SEVERAL_BYTES else 1
 
     def near(self, kernel: str) -> float:
         """See Measured."""
-        return {HALF: 2e-2, INT8: 6e-2}.get(kernel, super().near(kernel))
+        return {HALF: 2e-2, INT8: 6e-2, BYTES: 6e-2}.get(kernel, super().near(kernel))
 
     def part(self, share: float) -> PackedLinear:
         """See Measured."""
@@ -81,12 +84,15 @@ class PackedLinear(Measured):
         together = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
         if kernel == TRANSPOSED:
             return together.t().contiguous()
-        if kernel == INT8:
-            if self.in_features % _WHOLE or self.out_features % _WHOLE:
+        if kernel in (INT8, BYTES):
+            if kernel == INT8 and (self.in_features % _WHOLE or self.out_features % _WHOLE):
                 raise RuntimeError(f"got a product {self.in_features} -> {self.out_features}, wanted whole vectors")
-            scale_O1 = together.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
-            self.scales_O = scale_O1[:, 0].bfloat16()
-            return (together / self.scales_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+            scales_O = (together.abs().amax(1).float().clamp(min=1e-30) / 127).bfloat16()
+            whole_OD = (together / scales_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+            if kernel == BYTES:
+                return _packed_bytes(whole_OD, scales_O)
+            self.scales_O = scales_O
+            return whole_OD
         if kernel == HALF:
             together = together.bfloat16()
         return torch.ops.mkldnn._reorder_linear_weight(together, 16)
@@ -103,6 +109,9 @@ class PackedLinear(Measured):
             x_ND, weight_DO = x.reshape(-1, self.in_features), self.kept[TRANSPOSED]
             out = torch.mm(x_ND, weight_DO) if self.bias is None else torch.addmm(self.bias, x_ND, weight_DO)
             return out.view(*x.shape[:-1], self.out_features)
+        if kernel == BYTES:
+            out = torch.ops.quantized.linear_dynamic(x.float(), self.kept[BYTES], True).to(x.dtype)
+            return out if self.bias is None else out + self.bias
         if kernel in (HALF, INT8):
             x_ND = x.reshape(-1, self.in_features).to(torch.bfloat16)
             if kernel == INT8:
@@ -127,6 +136,15 @@ class PackedLinear(Measured):
                 x_ND, residual_NO = x.reshape(-1, self.in_features), residual.reshape(-1, self.out_features)
                 return torch.addmm(residual_NO, x_ND, self.kept[TRANSPOSED]).view(residual.shape)
         return residual + self(x)
+
+
+def _packed_bytes(whole_OD: Tensor, scales_O: Tensor) -> Any:
+    """Weights for products that make their rows int8 themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to give these tensors up; where it has, this kernel is not there
+        zero_O = torch.zeros(len(whole_OD), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(whole_OD, scales_O.double(), zero_O, 0)
+        return torch.ops.quantized.linear_prepack(weight, None)
 
 
 class FusedRMSNorm(Measured):

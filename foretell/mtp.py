@@ -40,10 +40,10 @@ class MTPModel(Learning):
 
     def __init__(self, model: nn.Module, config: MTPConfig) -> None:
         super().__init__()
-        self.mtp_config = config
         self.model = model
         self.target = Target(model)
         self.module = config.build(self.target)
+        self.mtp_config: MTPConfig = self.module.config  # with a size where "auto" was asked for
         self.notes: dict[str, Any] = {}  # what trained it; saved with it
         # the module takes the target's mode, and nobody changes the target's
         self.training = model.training

@@ -289,17 +289,15 @@ def _train(
     fresh: bool,
 ) -> dict[str, Any]:
     from foretell.data.prompts import encode_prompt
-    from foretell.data.vocabulary import coverage, frequent_tokens
+    from foretell.data.vocabulary import coverage
     from foretell.training.budget import TimeBudget
-    from foretell.training.regenerate import eos_ids
+    from foretell.training.draft_vocabulary import choose_draft_vocabulary
     from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 
     held_out = [row for i, row in enumerate(answers.rows()) if i % 16 == 0]  # of the choice of draft tokens
     if fresh and mtp.mtp_config.draft_vocab_size is not None:
         counted = (row for i, row in enumerate(answers.rows()) if i % 16)
-        ends = sorted(eos_ids(mtp, tokenizer))
-        size = mtp.mtp_config.draft_vocab_size
-        mtp.module.set_draft_vocabulary(frequent_tokens(counted, size, mtp.target.vocab_size, ends))
+        print(choose_draft_vocabulary(mtp, tokenizer, counted, held_out), flush=True)
     args = MTPTrainingArguments(
         **training,
         output_dir=str(folder / "training"),

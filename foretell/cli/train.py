@@ -100,9 +100,9 @@ def main(argv: Sequence[str]) -> int:
     from foretell.data.formats import load_rows
     from foretell.data.prompts import encode_rows
     from foretell.data.rows import detect_form
-    from foretell.data.vocabulary import coverage, frequent_tokens
     from foretell.mtp import get_mtp_model
-    from foretell.training.regenerate import eos_ids, read_given, regenerate, split_given
+    from foretell.training.draft_vocabulary import choose_draft_vocabulary
+    from foretell.training.regenerate import read_given, regenerate, split_given
     from foretell.training.trainer import MTPTrainer, teacher_problems
 
     args.device  # noqa: B018 sets up the processes of torchrun, each with its device
@@ -162,13 +162,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         train_set = encoded(train_rows)
     if module.draft_vocab_size is not None:
-        ids = frequent_tokens(
-            train_set, module.draft_vocab_size, mtp.target.vocab_size, sorted(eos_ids(mtp, tokenizer))
-        )
-        mtp.module.set_draft_vocabulary(ids)
-        print(
-            f"draft vocabulary: {len(ids)} tokens cover {100 * coverage(eval_set, ids):.1f} % of the held-out answers"
-        )
+        print(choose_draft_vocabulary(mtp, tokenizer, train_set, eval_set))
     trainer = MTPTrainer(
         model=mtp,
         args=args,

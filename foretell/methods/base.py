@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from foretell.config import ConfigError, from_dict
+from foretell.data.vocabulary import frequent_tokens, usual_size
 from foretell.methods.reading import below_text, owners_of
 from foretell.models.bigram_head import BigramHead
 from foretell.models.fast import fast_view
@@ -50,8 +51,9 @@ class MTPConfig:
     hidden_source: Literal["post_norm", "pre_norm"] = field(
         default="post_norm", metadata={"help": "The target's states after or before its final norm."}
     )
-    draft_vocab_size: int | None = field(
-        default=None, metadata={"help": "Draft only the most frequent tokens; lossless all the same."}
+    draft_vocab_size: int | Literal["auto"] | None = field(
+        default=None,
+        metadata={"help": "Draft only the most frequent tokens, lossless all the same; auto: as many as usually pay."},
     )
     markov_rank: int = field(
         default=0, metadata={"help": "Rank of a bigram added to the drafts' logits (DSpark's Markov head); 0: none."}
@@ -69,7 +71,7 @@ class MTPConfig:
         found = []
         if not isinstance(self.depth, int) or self.depth < 1:
             found.append(f"depth: got {self.depth!r}, wanted an integer of at least 1.")
-        if self.draft_vocab_size is not None and self.draft_vocab_size < 2:
+        if isinstance(self.draft_vocab_size, int) and self.draft_vocab_size < 2:
             found.append(f"draft_vocab_size: got {self.draft_vocab_size}, wanted at least 2 tokens, or none for all.")
         if not isinstance(self.markov_rank, int) or self.markov_rank < 0:
             found.append(f"markov_rank: got {self.markov_rank!r}, wanted a whole number, 0 for none.")
@@ -115,12 +117,18 @@ class MTPModule(nn.Module):
 
     def __init__(self, config: MTPConfig, target: Target) -> None:
         super().__init__()
-        self.config = config
         size = config.draft_vocab_size
+        self.chooses_vocabulary = size == "auto"  # training does, from what it reads
+        if size == "auto":
+            size = usual_size(target.vocab_size)
+            config = replace(config, draft_vocab_size=size)
+        self.config = config
         if size is not None and size > target.vocab_size:
             raise ValueError(f"draft_vocab_size: got {size}, wanted at most the model's {target.vocab_size}.")
+        self._end_ids = [i for i in target.end_ids if i < target.vocab_size]
         # until set_draft_vocabulary: the lowest ids, often bytes and short words
-        self.register_buffer("draft_vocab_ids", None if size is None else torch.arange(size, device=target.device))
+        ids_M = None if size is None else frequent_tokens([], size, target.vocab_size, self._end_ids).to(target.device)
+        self.register_buffer("draft_vocab_ids", ids_M)
         self.bigram: BigramHead | None = None
         if config.markov_rank or config.confidence_head:
             vocabulary = target.vocab_size if size is None else size
@@ -137,7 +145,14 @@ class MTPModule(nn.Module):
             raise ValueError(
                 f"got {tuple(ids_M.shape)} draft tokens, wanted draft_vocab_size={self.config.draft_vocab_size}."
             )
+        missing = sorted(set(self._end_ids) - set(ids_M.tolist()))
+        if missing:
+            raise ValueError(
+                f"draft tokens: got {len(ids_M)} without the end tokens {missing}, wanted them among these: the end of "
+                "a text could never be drafted. Put them in."
+            )
         self.draft_vocab_ids.copy_(ids_M)
+        self.chooses_vocabulary = False
 
     def frozen(self) -> list[nn.Parameter]:
         """Parameters that never learn."""

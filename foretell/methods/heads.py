@@ -110,7 +110,7 @@ class HeadsModule(MTPModule):
     def __init__(self, config: HeadsConfig, target: Target) -> None:
         super().__init__(config, target)
         self.shared = config.shares(target.vocab_size)
-        size = config.draft_vocab_size or target.vocab_size
+        size = self.config.draft_vocab_size or target.vocab_size
         self.heads = nn.ModuleList(
             MTPHead(
                 target,

@@ -56,14 +56,13 @@ class PackedLinear(Measured):
         own = str(self.like.dtype).removeprefix("torch.")
         if not self.kernels or dtype == own:
             return
-        if dtype != "auto":
-            for kernel in (BYTES, INT8) if dtype == INT8 else (dtype,):
-                self.take([kernel] * len(ROWS))
-                if self.kept:
-                    return
-            self.settled = False  # too coarse for these weights: whatever is fastest of the others
-        kinds = (kind for kind in (HALF, INT8, BYTES) if kind not in (own, dtype))
-        self.kernels = (PACKED, *kinds)
+        tried = (BYTES, INT8) if dtype == INT8 else () if dtype == "auto" else (dtype,)
+        for kernel in tried:
+            self.take([kernel] * len(ROWS))
+            if self.kept:
+                return
+        self.settled = False  # too coarse for these weights: whatever is fastest of the others
+        self.kernels = (PACKED, *(kind for kind in (HALF, INT8, BYTES) if kind not in (own, *tried)))
         self.key = f"draft {self.key} by {' '.join(self.kernels)}"
         self.most = 2 if sum(weight.nbytes for weight in self.weights) <= _SEVERAL_BYTES else 1
 
@@ -110,7 +109,12 @@ class PackedLinear(Measured):
             out = torch.mm(x_ND, weight_DO) if self.bias is None else torch.addmm(self.bias, x_ND, weight_DO)
             return out.view(*x.shape[:-1], self.out_features)
         if kernel == BYTES:
-            out = torch.ops.quantized.linear_dynamic(x.float(), self.kept[BYTES], True).to(x.dtype)
+            try:
+                out = torch.ops.quantized.linear_dynamic(x.float(), self.kept[BYTES], True).to(x.dtype)
+            except RuntimeError:  # rows of no numbers have no scale
+                if x.isfinite().any():
+                    raise
+                out = x.new_full((*x.shape[:-1], self.out_features), torch.nan)
             return out if self.bias is None else out + self.bias
         if kernel in (HALF, INT8):
             x_ND = x.reshape(-1, self.in_features).to(torch.bfloat16)

@@ -73,6 +73,12 @@ class Target(RowReader):
         return self.head.weight.shape[0]
 
     @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end the model's own texts."""
+        eos = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which the states come."""
         return next(self.norm.parameters(), self.embed_tokens.weight).dtype

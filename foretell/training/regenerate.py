@@ -42,9 +42,7 @@ NOT_DECIDING = ("transformers_version", "_from_model_config", "return_dict_in_ge
 
 def eos_ids(mtp: MTPModel, tokenizer: Any) -> set[int]:
     """Every token that ends an answer."""
-    eos = mtp.model.generation_config.eos_token_id
-    ids = set(eos if isinstance(eos, list) else [eos])
-    return {i for i in (*ids, getattr(tokenizer, "eos_token_id", None)) if i is not None}
+    return {i for i in (*mtp.target.end_ids, getattr(tokenizer, "eos_token_id", None)) if i is not None}
 
 
 def regenerate(

@@ -29,6 +29,7 @@ from foretell.mtp import MTPModel
 from foretell.runtime import Progress
 from foretell.training.arguments import MTPArguments
 from foretell.training.budget import TimeBudget
+from foretell.training.draft_vocabulary import choose_draft_vocabulary
 from foretell.training.mtp_training import MTPTraining, problems_with
 from foretell.types import LossSum
 
@@ -119,6 +120,11 @@ class MTPTrainer(MTPTraining):
         several = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         rows = {name: self._encoded(some, args, f"eval_dataset {name}".strip()) for name, some in several.items()}
         eval_rows = rows if isinstance(eval_dataset, dict) else rows[""]
+        if model.module.chooses_vocabulary:  # a stream is not read for it
+            sets = [[] if some is None or _is_stream(some) else some for some in (train_rows, *rows.values())]
+            said = choose_draft_vocabulary(model, processing_class, sets[0], itertools.chain.from_iterable(sets[1:]))
+            if args.process_index == 0:
+                print(said, flush=True)
         if eval_rows is not None and args.eval_strategy == "no" and args.save_strategy in ("steps", "epoch"):
             args.eval_strategy, args.eval_steps = type(args.eval_strategy)(args.save_strategy.value), args.save_steps
             args.load_best_model_at_end = not isinstance(eval_rows, dict) and args.eval_prompts > 0

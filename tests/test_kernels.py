@@ -529,8 +529,8 @@ def test_narrow_weights_give_the_products_to_their_own_precision(dtype, weights)
     wanted_BRO, got_BRO = plain(x_BRD), product(x_BRD)
     assert got_BRO.dtype == weights and got_BRO.shape == wanted_BRO.shape
     off, size = (got_BRO - wanted_BRO).float().abs(), wanted_BRO.float().abs().max()
-    # a number is off by up to half a step of 1 / 127 of the largest (rows: of 1 / 63), or by 2^-9 of itself; sums of 128
-    # average it
+    # a number is off by up to half a step of 1 / 127 of the largest (rows: of 1 / 63), or by 2^-9 of itself; sums of
+    # 128 average it
     assert off.max() < (0.04 if dtype == INT8 else 0.01) * size
     if dtype != str(weights).removeprefix("torch."):
         kernel = BYTES if dtype == INT8 else dtype

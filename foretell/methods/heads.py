@@ -110,7 +110,7 @@ class HeadsModule(MTPModule):
     def __init__(self, config: HeadsConfig, target: Target) -> None:
         super().__init__(config, target)
         self.shared = config.shares(target.vocab_size)
-        size = self.config.draft_vocab_size or target.vocab_size
+        size = target.vocab_size if self.draft_vocab_ids is None else len(self.draft_vocab_ids)
         self.heads = nn.ModuleList(
             MTPHead(
                 target,

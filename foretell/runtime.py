@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -99,6 +100,14 @@ def cache_folder() -> Path:
     return Path(
         os.environ.get("FORETELL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "foretell")
     ).expanduser()
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system, where the C library does so when asked: copies of weights are too
+    small for it to do so by itself.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cores() -> int:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -390,8 +392,15 @@ def test_buffers_count_as_weights():
 def test_release_forgets_the_tree():
     target = Target(tiny_model())
     view = target.view()
-    target.release()
-    assert target._copy is None and target.view() is not view
+    packed = weakref.ref(next(m for m in view.modules() if isinstance(m, PackedLinear)))
+    del view
+    gc.disable()
+    try:
+        target.release()
+    finally:
+        gc.enable()
+    assert packed() is None, "its memory is free at once, not when somebody collects it"
+    assert target._copy is None and target.view() is not None
 
 
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretell.runtime import cache_folder, cpu_flags, cpu_model, write_json_atomic
+from foretell.runtime import cache_folder, cpu_flags, cpu_model, give_back, write_json_atomic
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64)  # what is between two is as the greater one, what is beyond as the last
 _BUCKET = [next(i for i, most in enumerate(ROWS) if rows <= most) for rows in range(ROWS[-1] + 1)]
@@ -249,6 +249,7 @@ def remembered(
         poor = [key for key in unknown if key not in used or _due(used[key])]
         if poor:
             values, share = make(poor)
+            give_back()
             for key in poor:
                 old = used.get(key, {"lost": math.inf, "times": 0})
                 better = {"value": values[key], "lost": share} if share < old["lost"] else {}

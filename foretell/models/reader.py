@@ -10,6 +10,7 @@ structure and weights (models/live.py), made anew where it is stale, and compare
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from foretell.models.refusals import UnsupportedModelError, norm_name, refuse_ho
 from foretell.models.rotary import TextLengths, stand_in, turns_by_length
 from foretell.models.self_check import Verdict, compare
 from foretell.models.slot_cache import SlotCache, cache_name
+from foretell.runtime import give_back
 
 _REPLACED = (  # it may do what decoding, which calls the decoder, cannot see
     " Its forward was replaced on the object; where accelerate did so, for mixed precision, "
@@ -186,6 +188,7 @@ class RowReader:
                 self._dress(self._copy.tree)
                 if structure not in self._verdicts:
                     self._judge(structure)
+                give_back()
             assert self._copy.tree is not None
             return self._copy.tree
 
@@ -238,6 +241,8 @@ class RowReader:
         """Forget the fast module tree, its packed weights and what was recorded of it."""
         with self._lock:  # never under somebody who looks
             self._copy = self.static = None
+        gc.collect()  # modules know each other in circles
+        give_back()
 
     def _dress(self, tree: Any) -> None:
         self._masks.hang_on(tree)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretell.models.kernels import ROWS, Measured
+from foretell.runtime import cpu_flags
 
 PACKED, TRANSPOSED, DOUBLED = "packed", "transposed", "doubled"
 PACKABLE = (torch.float32, torch.bfloat16)
@@ -89,6 +90,7 @@ class PackedLinear(Measured):
             scales_O = (together.abs().amax(1).float().clamp(min=1e-30) / 127).bfloat16()
             whole_OD = (together / scales_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
             if kernel == BYTES:
+                self.seven_bits = "avx512_vnni" not in cpu_flags()  # of rows: sums of two products overflow elsewhere
                 return _packed_bytes(whole_OD, scales_O)
             self.scales_O = scales_O
             return whole_OD
@@ -110,7 +112,7 @@ class PackedLinear(Measured):
             return out.view(*x.shape[:-1], self.out_features)
         if kernel == BYTES:
             try:
-                out = torch.ops.quantized.linear_dynamic(x.float(), self.kept[BYTES], True).to(x.dtype)
+                out = torch.ops.quantized.linear_dynamic(x.float(), self.kept[BYTES], self.seven_bits).to(x.dtype)
             except RuntimeError:  # rows of no numbers have no scale
                 if x.isfinite().any():
                     raise

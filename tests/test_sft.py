@@ -409,6 +409,23 @@ def test_sequential_modules_too(supervision, tmp_path):
     assert made.mtp.mtp_config.method == "sequential" and changed(made.mtp.module, before) == set(before)
 
 
+@pytest.mark.parametrize("loss", ["lk", "e2e_tv"])
+def test_losses_for_drawn_drafts_and_muon(loss, tmp_path):
+    settings = {"mtp_supervision": "teacher", "mtp_loss": loss, "mtp_training_mode": "standalone"}
+    settings |= {
+        "mtp_method": "sequential",
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "mtp_muon_learning_rate": 1e-2,
+        "mtp_depth_one_first": 0.5,
+    }
+    made = trainer(tmp_path, **settings)
+    made.train()
+    assert ["accuracy_2" in entry for entry in made.state.log_history[:8]] == [False] * 4 + [True] * 4
+    losses = column(made, "mtp_loss")
+    assert losses[3] < losses[0] and losses[7] < losses[4]
+
+
 @pytest.mark.parametrize("preset", ["trl-heads", "medusa", "meta-heads", "fastmtp", "deepseek"])
 def test_presets(preset, tmp_path):
     made = trainer(tmp_path, mtp_preset=preset)

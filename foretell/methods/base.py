@@ -370,7 +370,10 @@ class MTPModule(nn.Module):
             found.total = found.total if sure_N is None else found.total + sure_N.sum()
         if len(out) < self.config.depth:
             nothing = torch.zeros_like(out[0].count)
-            idle = sum((0.0 * p.sum() for p in self.parameters() if p.requires_grad), 0.0 * out[0].total)
+            whole = (
+                p for p in self.parameters() if p.requires_grad and not hasattr(p, "full_tensor")
+            )  # FSDP needs none
+            idle = sum((0.0 * p.sum() for p in whole), 0.0 * out[0].total)
             out += [LossSum(idle, nothing, nothing) for _ in range(self.config.depth - len(out))]
         return out
 

@@ -211,11 +211,14 @@ class MTPTraining(Trainer):
             "train_target": args.trains_target,
             "stay": args.mtp_target_loss == "untouched",
             "mtp_coefficients": coefficients(
-                counts_K1, scale=args.mtp_scale, anchored=self._anchored(), depths=self._depths(), **args.weighing()
+                counts_K1, scale=args.mtp_scale, anchored=self._anchored(), **self._weighing()
             ),
             "mtp_dynamic": args.mtp_depth_weights == "dpace",
             "mtp_depths": self._depths(),
         }
+
+    def _weighing(self) -> dict[str, Any]:
+        return {**self.args.weighing(), "depths": self._depths()}  # type: ignore[attr-defined]
 
     def _depths(self) -> int | None:
         """How many depths learn now; None: all."""
@@ -239,7 +242,7 @@ class MTPTraining(Trainer):
         ranks = self.accelerator.num_processes // self.get_tp_size() if shared else 1  # ranks are averaged
         losses = self._losses(model, inputs, counts_K1, num_items_in_batch, return_outputs, ranks)
         scale = 0.0 if args.mtp_training_mode == "disabled" else args.mtp_scale
-        loss, parts = objective(losses, counts_K1, scale=scale, depths=self._depths(), **args.weighing())
+        loss, parts = objective(losses, counts_K1, scale=scale, **self._weighing())
         if training and not bool(loss.isfinite()):
             loss = self._not_finite(loss)
         parts["train"] = loss.detach()

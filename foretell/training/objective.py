@@ -76,16 +76,11 @@ def coefficients(
 
 
 def objective(
-    losses: dict[str, Any],
-    counts_K1: Tensor,
-    *,
-    scale: float,
-    weights: DepthWeights,
-    beta: float,
-    depths: int | None = None,
+    losses: dict[str, Any], counts_K1: Tensor, *, scale: float, **weighing: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss to differentiate, detached parts): next-token sum / its count + scale * weighted depths' sum / their
-    counts, which are those of `coefficients`. Where `stay` is given, it is learned in the next-token loss's place.
+    counts, which are those of `coefficients`, as is weighing. Where `stay` is given, it is learned in the next-token
+    loss's place.
     """
     mtp, anchor, stay = losses["mtp"], losses.get("anchor"), losses.get("stay")
     counts_K1 = counts_K1.to(mtp[0].total.device)
@@ -96,9 +91,7 @@ def objective(
             parts[name] = loss.total / counts_K1[0].clamp(min=1)
     if parts:
         total = total + (parts["stay"] + 0.0 * parts.get("ntp", 0.0) if "stay" in parts else parts["ntp"])
-    factor_K = coefficients(
-        counts_K1, scale=1.0, weights=weights, beta=beta, anchored=anchor is not None, depths=depths
-    )
+    factor_K = coefficients(counts_K1, scale=1.0, anchored=anchor is not None, **weighing)
     parts["mtp"] = (torch.stack([loss.total for loss in mtp]) * factor_K.to(mtp[0].total)).sum()
     if anchor is not None:  # as many rows as the first depth, and of its weight
         parts["mtp"] = parts["mtp"] + anchor.total * factor_K[0]

@@ -506,6 +506,33 @@ def test_adapters_chosen_by_the_call_are_refused_by_name(start):
     assert mtp_say(mtp) == say(model), "nothing of it stays"
 
 
+@pytest.mark.parametrize("step", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample"])
+@pytest.mark.parametrize("where", ["subclass", "wrapped on the class", "object"])
+def test_steps_of_generate_that_are_not_transformers_own_are_refused_by_name(step, where, start):
+    model = copy.deepcopy(start)
+    mtp, plain = get_mtp_model(model, METHODS["sequential"]), getattr(type(model), step)
+    assert mtp_say(mtp) == say(model)
+
+    @functools.wraps(plain)
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        if step.startswith("prepare"):
+            out["input_ids"] = out["input_ids"] * 0 + 20
+        return out
+
+    usual = type(model)
+    if where == "object":
+        setattr(model, step, types.MethodType(other, model))
+    else:
+        model.__class__ = type(usual.__name__, (usual,), {step: other})
+    for how in ({}, {"drafter": "lookup"}):
+        with pytest.raises(UnsupportedModelError, match=f"LlamaForCausalLM.{step} is not transformers' own"):
+            mtp_say(mtp, **how)
+    model.__class__ = usual
+    model.__dict__.pop(step, None)
+    assert mtp_say(mtp) == say(model)
+
+
 def test_hooks_on_what_decoding_does_not_call_are_refused_by_name(start):
     model = copy.deepcopy(start)
     mtp = get_mtp_model(model, METHODS["sequential"])

@@ -22,6 +22,7 @@ from foretell.evaluation.summary import (
     find_way,
     fixed,
     headline,
+    integer,
     is_number,
     join_words,
     label_of,
@@ -30,7 +31,6 @@ from foretell.evaluation.summary import (
     percent,
     plain_table,
     way_table,
-    whole,
 )
 
 THEME_SCRIPT = """
@@ -241,15 +241,15 @@ def training(result: Result) -> Html | None:
         line_chart("Tau while decoding", "steps", [("", "mtp", taus)]),
     ]
     facts = {
-        "Prompts answered by the target model": whole(answers.get("prompts")),
-        "Tokens in the answers": whole(answers.get("tokens")),
+        "Prompts answered by the target model": integer(answers.get("prompts")),
+        "Tokens in the answers": integer(answers.get("tokens")),
         "Tokens per second while answering": fixed(answers.get("tokens_per_second")),
-        "Training steps": whole(given.get("steps")),
-        "Answer tokens trained on": whole(given.get("tokens")),
+        "Training steps": integer(given.get("steps")),
+        "Answer tokens trained on": integer(given.get("tokens")),
         "Answer tokens per second of training": fixed(given.get("answer_tokens_per_second")),
-        "Parameters of the MTP module": whole(given.get("parameters")),
-        "Depths": whole(given.get("depth")),
-        "Vocabulary of the drafts": whole(given.get("draft_vocab_size")),
+        "Parameters of the MTP module": integer(given.get("parameters")),
+        "Depths": integer(given.get("depth")),
+        "Vocabulary of the drafts": integer(given.get("draft_vocab_size")),
     }
     parts = [part for part in (*charts, definitions(facts)) if part]
     return section("Training", element("div", parts, class_="charts")) if parts else None
@@ -272,7 +272,7 @@ def cost(result: Result) -> Html | None:
     first, rows = curve[0], []
     for point in curve:
         times = fixed(point["ms"] / first["ms"], 2) if first["ms"] > 0 else None
-        rows.append([whole(point["rows"]), fixed(point["ms"]), times])
+        rows.append([integer(point["rows"]), fixed(point["ms"]), times])
     text = "One forward of the target model against the tokens that it checks at once, its rows. A draft pays as long "
     text += "as its rows cost less than the verifications that they save."
     heads = ["rows", "ms", f"\N{MULTIPLICATION SIGN} {first['rows']:,} row{'s' if first['rows'] != 1 else ''}"]

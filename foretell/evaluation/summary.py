@@ -17,7 +17,7 @@ def fixed(value: Any, digits: int = 1, unit: str = "") -> str | None:
     return f"{value:,.{digits}f}{unit}" if is_number(value) else None
 
 
-def whole(value: Any) -> str | None:
+def integer(value: Any) -> str | None:
     return fixed(value, 0)
 
 
@@ -162,7 +162,7 @@ def way_table(result: Result) -> tuple[list[str], list[list[str | None]]]:
         "tau, fixed": lambda way: fixed(way.get("tau_fixed"), 2),
         "rows": lambda way: fixed(way.get("rows_per_verification"), 1),
         "draft ms": lambda way: fixed(way.get("draft_ms"), 2),
-        "tokens": lambda way: whole(way.get("tokens")),
+        "tokens": lambda way: integer(way.get("tokens")),
         "equal": lambda way: equal_words.get(way.get("equal")),
     }
     ways = result.get("ways") or []

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "ssm", "hybrid", "xlstm")
 # PEFT's arguments of one call, which it hands on through hooks: our rows are other rows than the caller's
 _CALL_HOOKS = {"_adapter_names_pre_forward_hook": "adapter_names", "_alora_offsets_pre_forward_hook": "alora_offsets"}
+# of a call of generate, which decoding does not make: whoever has others says another text
+_STEPS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
 _OWN_FORWARD = ("XLORA", "POLY", "ADAPTION_PROMPT")  # adapters that ask for more than the rows at hand
 
 
@@ -77,11 +79,17 @@ def refuse_now(outer: nn.Module, model: Any) -> None:
     refuse_adapter(outer)
     prepare = model.__dict__.get("prepare_inputs_for_generation")
     owner = getattr(prepare, "__self__", None)
-    if prepare is not None and owner is not model:
-        if getattr(owner, "active_peft_config", None) is None:
-            raise UnsupportedModelError(
-                f"{name}.prepare_inputs_for_generation was replaced, and foretell prepares rows itself; wanted its own."
-            )
+    adapted = prepare is not None and getattr(owner, "active_peft_config", None) is not None
+    given_back = owner is model and prepare.__func__ is getattr(type(model), _STEPS[0], None)  # PEFT does, after a call
+    here = model.__dict__.keys() & {*_STEPS[1:], *(() if adapted or given_back else _STEPS[:1])}
+    own = {step: getattr(getattr(type(model), step, None), "__globals__", {}).get("__name__", "") for step in _STEPS}
+    replaced = sorted(here | {step for step in _STEPS if own[step].partition(".")[0] not in ("transformers", "torch")})
+    if replaced:
+        raise UnsupportedModelError(
+            f"{name}.{replaced[0]} is not transformers' own, and foretell prepares rows and goes from token to token "
+            "itself; wanted transformers'."
+        )
+    if adapted:
         refuse_adapter(owner)
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not isinstance(part.weight, Tensor):

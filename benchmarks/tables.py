@@ -59,6 +59,44 @@ def _equal(result: dict[str, Any]) -> str:
     )
 
 
+def speed_table(result: dict[str, Any]) -> list[str]:
+    """Decoding without a module beside transformers and llama.cpp's best lossless way."""
+    lines = [
+        "| | tokens/s | times transformers | of the memory's bandwidth | equal answers |",
+        "|---|---|---|---|---|",
+    ]
+    found = result["decoding"]
+    for dtype in ("float32", "bfloat16"):
+        llama = [name for name in found if name.startswith("llama.cpp") and name.endswith(dtype)]
+        best = max(llama, key=lambda name: found[name]["tokens_per_second"], default=None)
+        ways = {
+            f"transformers {dtype}": "transformers' generate",
+            best: "llama.cpp, its best lossless way" + (f" ({best.split()[1]})" if best else ""),
+            f"off old {dtype}": f"foretell of commit {str(result['old_commit'])[:10]}, drafting off",
+            f"off new {dtype}": "foretell, drafting off",
+            f"lookup new {dtype}": "foretell, prompt lookup",
+        }
+        for name, label in ways.items():
+            if name in found:
+                way, share = found[name], found[name].get("share_of_bandwidth")
+                times = way["tokens_per_second"] / found[f"transformers {dtype}"]["tokens_per_second"]
+                ties = f" (+ {way['near_ties']} near ties)" if way["near_ties"] else ""
+                lines.append(
+                    f"| {label}, {dtype} | {way['tokens_per_second']:.1f} | {times:.2f} | "
+                    f"{'' if share is None else f'{share:.0%}'} | {way['equal']} of {way['answers']}{ties} |"
+                )
+    copies = ", ".join(f"{of['memory_over_weights']:.2f} ({name})" for name, of in result["copies"].items())
+    return [
+        *lines,
+        "",
+        f"SmolLM2-135M-Instruct, {result['provenance']['hardware']['threads']} threads, batch 1, greedy, interleaved.",
+        f"A read of all weights makes {result['bandwidth_bytes_per_second'] / 1e9:.0f} GB/s;",
+        "who drafts reads them less than once a token.",
+        f"Memory in all, times the weights: {copies}.",
+        where(result["provenance"]),
+    ]
+
+
 def ablation_table(result: dict[str, Any]) -> list[str]:
     """tau of each arm by number of drafts."""
     lines = [
@@ -266,6 +304,7 @@ def selfdistill_table(result: dict[str, Any]) -> list[str]:
 
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("demo", "README.md", "demo", demo_table),
+    ("speed", "README.md", "speed", speed_table),
     ("ablation", "docs/training.md", "ablation", ablation_table),
     ("machine", "docs/decoding.md", "machine", machine_table),
     ("heads", "docs/sft.md", "heads", heads_table),

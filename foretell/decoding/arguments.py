@@ -88,7 +88,13 @@ class Plan:
             raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
         if draft_sample_method not in ("greedy", "probabilistic"):
             raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
-        own_dtype = str(next(module.parameters(), mtp.target.head.weight).dtype).removeprefix("torch.")
+        like = next(module.parameters(), mtp.target.head.weight)
+        own_dtype = str(like.dtype).removeprefix("torch.")
+        if like.is_floating_point() and like.element_size() < 2:
+            raise ValueError(
+                f"module: got weights of {own_dtype}, wanted 16 bits or more: torch keeps such numbers but computes "
+                "little with them. mtp.module.to(torch.bfloat16); draft_dtype='int8' drafts in fewer bits."
+            )
         on_cpu = mtp.device.type == "cpu" and own_dtype in ("float32", "bfloat16")
         possible = ["auto", own_dtype, *(("bfloat16", "int8") if on_cpu else ())]
         if draft_dtype not in possible:

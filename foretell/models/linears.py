@@ -182,7 +182,7 @@ class FusedRMSNorm(Measured):
         """See Measured."""
         if kernel == DOUBLED:
             both, gain = torch.cat([x, -x], dim=-1), None if self.rounded else self.kept[DOUBLED]
-            out = F.layer_norm(both, (2 * self.width,), gain, None, self.eps)[..., : self.width]
+            out = torch.layer_norm(both, (2 * self.width,), gain, None, self.eps)[..., : self.width]
         elif self.rounded or x.dtype == self.weight.dtype:
             out = F.rms_norm(x, (self.width,), None if self.rounded else self.weight, self.eps)
         else:

@@ -310,7 +310,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run, two, one):
 def test_fsdp_shards_parameters_and_optimizer_states(plan, two):
     about = json.loads((two / f"fsdp-{plan}" / "about.json").read_text())
     # the whole, the target's layers and the module's, each gathered only for itself
-    assert about["units"] == 1 + 2 + (2 if plan in ("standalone", "joint") else 0)
+    assert about["units"] == 1 + 2 + {"standalone": 2, "joint": 2, "shared": 1}.get(plan, 0)
     for what in ("parameters", "optimizer"):
         local, whole = about[what]
         assert local < 0.6 * whole or (what == "optimizer" and plan in (*FROZEN, "identical")), what  # SGD: none

@@ -232,6 +232,7 @@ class SequentialDrafter(ChainDrafter):
         """See Watcher."""
         self._cache.open()
         self._states.open()
+        self._device, self._embed = self.target.device, self.target.embed_tokens  # to ask the model takes its time
         self._told = [0] * slots  # leading tokens that are kept on the device
         self._base = [0] * slots
         self._done = [[0] * slots for _ in range(1 if self.module.one_cache else self.module.config.depth)]
@@ -310,7 +311,7 @@ class SequentialDrafter(ChainDrafter):
             at.append((s.slot, self._told[s.slot], len(fresh)))
             new.extend(fresh)
             self._told[s.slot] = len(s.tokens)
-        self._cache.fill(TOKENS, at, torch.tensor(new, dtype=torch.long, device=self.target.device))
+        self._cache.fill(TOKENS, at, torch.tensor(new, dtype=torch.long, device=self._device))
 
     def _hold(self, sequences: Sequence[SequenceState], k: int, tokens_B: Tensor) -> None:
         """See ChainDrafter."""
@@ -347,7 +348,7 @@ class SequentialDrafter(ChainDrafter):
         """[B, D] of the last of these rows at depth k, for the head and for the next depth: counts[b] of sequence b
         from starts[b] on. part: which of a drafting step's sequences these are.
         """
-        cache, states, device, one = self._cache, self._states, self.target.device, self.module.one_cache
+        cache, states, device, one = self._cache, self._states, self._device, self.module.one_cache
         joins = k > 1 and one
         positions_BR = begin_rows(cache, self._masks, sequences[0].slot, starts, counts, device)
         if joins:
@@ -362,7 +363,7 @@ class SequentialDrafter(ChainDrafter):
         block = self._view.block(k)
         cache.tower = 0 if one else k
         places = self._places(hidden_BRD, positions_BR, block.layer_type, starts, [s.read_as for s in sequences])
-        embedding_BRD = self.target.embed(cache.rows(TOKENS, ahead=1 if one else k))
+        embedding_BRD = self._embed(cache.rows(TOKENS, ahead=1 if one else k))
         state_BRD, chained_BRD = block(embedding_BRD, hidden_BRD, places, positions_BR, cache)
         if k < len(self._done):
             states.put(k, chained_BRD)

@@ -64,8 +64,8 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any], float, bool]] = [
     ("heads, bigram, confidence", HEADS | {"markov_rank": 64, "confidence_head": True}, {}, 1.0, False),
     ("an eighth of the answers", {}, {}, 0.125, False),
     ("an eighth, given texts", {}, {}, 0.125, True),
-    ("hidden_layers", {"hidden_layers": "auto"}, {}, 1.0, False),
-    ("eagle3", {"block": "eagle3"}, {}, 1.0, False),
+    ("hidden_layers", {"hidden_layers": [2, 15, 27]}, {}, 1.0, False),
+    ("eagle3", {"hidden_layers": [2, 15, 27], "block": "eagle3"}, {}, 1.0, False),
 ]
 
 
@@ -85,18 +85,23 @@ class QualitySettings:
     work: str = field(default="runs/quality", metadata={"help": "Folder for answers that are made here."})
 
 
-def row_batch(row: dict[str, Any]) -> tuple[Any, TargetRows, int]:
-    """(batch of one answer, its kept states, where it begins)."""
+@torch.no_grad()
+def row_batch(mtp: MTPModel, row: dict[str, Any]) -> tuple[Any, TargetRows, int]:
+    """(batch of one answer, the target's states of it: kept ones if they are all that the module reads, where it
+    begins).
+    """
     batch = to_batch(MTPCollator(0)([row]))
     first = next(i for i, label in enumerate(row["labels"]) if label >= 0)
-    assert batch.hidden_BTD is not None
-    return batch, TargetRows(batch.hidden_BTD, None), first
+    rows = TargetRows(batch.hidden_BTD, None)
+    if not mtp.module.reads_states:
+        rows = mtp.target.forward_text(batch.input_ids_BT, batch.position_ids_BT)
+    return batch, rows, first
 
 
 @torch.no_grad()
 def log_chances(mtp: MTPModel, row: dict[str, Any]) -> Tensor:
     """[T] log q of each token of an answer, by the target."""
-    batch, rows, _ = row_batch(row)
+    batch, rows, _ = row_batch(mtp, row)
     logits_TV = mtp.target.logits(rows.post_norm_BRD[0, :-1]).float()
     logq_T = logits_TV.log_softmax(-1).gather(1, batch.input_ids_BT[0, 1:, None])[:, 0]
     return torch.cat([logq_T.new_zeros(1), logq_T])
@@ -107,13 +112,13 @@ def holds(mtp: MTPModel, row: dict[str, Any], logq_T: Tensor | None) -> tuple[Te
     """([K, T] chance that depth k at position i is the token i + 1 + k and kept, where the answer begins). logq_T: of
     an answer that was drawn.
     """
-    (batch, rows, first), module, target = row_batch(row), mtp.module, mtp.target
+    (batch, rows, first), module, target = row_batch(mtp, row), mtp.module, mtp.target
     ids_T, T = batch.input_ids_BT[0], batch.input_ids_BT.shape[1]
     chance_KT = torch.zeros(DEPTHS, T)
     kept, module.config.depth = module.config.depth, min(DEPTHS, module.longest_draft)
     try:
         for k, state_BTD in enumerate(module.depth_states(target, batch, module.source(rows), detach=True), start=1):
-            at_N = torch.arange(first - 1, T - 1 - k)
+            at_N = torch.arange(max(first - 2, 0), T - 1 - k)
             if not len(at_N):
                 break
             logits_NM = module.logits(target, state_BTD[0, at_N], k, ids_T[at_N + k])
@@ -138,17 +143,17 @@ def holds(mtp: MTPModel, row: dict[str, Any], logq_T: Tensor | None) -> tuple[Te
 
 
 def expected_rounds(chance_KT: Tensor, first: int, drafts: int) -> tuple[int, float]:
-    """(tokens, expected rounds) from the answer's second token on: the first comes of reading the prompt."""
+    """(tokens, expected rounds): as in decoding, the first round knows all of the prompt."""
     chance, T = chance_KT[:drafts].tolist(), chance_KT.shape[1]
     rounds = [0.0] * (T + drafts + 2)  # rounds[n]: still to come when token n is the last one that is known
-    for n in reversed(range(first, T - 1)):
+    for n in reversed(range(first - 1, T - 1)):
         reach, total = 1.0, 1.0
         for k in range(drafts):
-            held = chance[k][n - 1] if n + k + 1 < T else 0.0
+            held = chance[k][n - 1] if 0 < n < T - 1 - k else 0.0
             total += reach * (1 - held) * rounds[min(n + k + 1, T)]
             reach *= held
         rounds[n] = total + reach * rounds[min(n + drafts + 1, T)]
-    return T - 1 - first, rounds[first]
+    return T - first, rounds[first - 1]
 
 
 def taus(mtp: MTPModel, rows: list[dict[str, Any]], logq: list[Tensor] | None = None) -> list[float]:

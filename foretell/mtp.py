@@ -158,6 +158,7 @@ class MTPModel(Learning):
         draft_layout: str | None = None,
         generator: torch.Generator | None = None,
         slots: int = 64,
+        history: bool | int = False,
         **kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
         """As transformers' generate, several tokens a forward. Returns LongTensor [B, prompt + new], or an
@@ -178,6 +179,8 @@ class MTPModel(Learning):
             row), "auto" (those that pay on this machine) or "two_pass" (none: a forward of its own reads them); None
             is "auto", and for noise masks "two_pass".
         generator: seeds sampling. slots: sequences decoded at once; a larger batch is worked off continuously.
+        history: lookup also copies from the answers of earlier calls that said so too: True, or how many tokens of them
+            to remember. They stay in this MTPModel's memory until `release`.
 
         Everything else is transformers' (GenerationConfig, attention_mask with left padding, stop_strings with
         tokenizer, ...), by name or in its place. Raises ValueError naming what it cannot honour (beams, constraints,
@@ -197,6 +200,7 @@ class MTPModel(Learning):
             draft_layout=draft_layout,
             generator=generator,
             slots=slots,
+            history=history,
         )
         return self.model.generate(inputs, *others, custom_generate=run, **kwargs)
 
@@ -216,7 +220,7 @@ class MTPModel(Learning):
 
     def release(self) -> None:
         """Give back all memory that decoding keeps for the next call, which makes it anew: caches, packed weights, and
-        what was learned for num_draft_tokens="auto".
+        what was learned for num_draft_tokens="auto", answers of history=....
         """
         self._workspaces.release()
         self.target.release()

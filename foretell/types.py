@@ -126,8 +126,8 @@ class SequenceState:
 
 # [N, V] scores -> those after the caller's temperature, top-k and the like, which look at scores alone
 Warp = Callable[["Tensor"], "Tensor"]
-# (drafter's name, sequence, its draft so far[, what others drafted]) -> whether one more token is worth its time
-Worth = Callable[..., bool]
+# (drafter's name, each sequence's draft so far[, what others drafted]) -> for which one more step is worth its time
+Worth = Callable[..., list[bool]]
 
 
 class Watcher:
@@ -156,7 +156,8 @@ class Drafter(Watcher):
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """At most lengths[b] tokens deep for sequence b; all 0 asks for nothing and must cost nothing.
 
-        worth(name, b, draft) is asked before each further step of sequence b: False ends its chain there.
+        worth(name, drafts) is asked before each further step: a sequence's False ends its chain there. A chain goes on
+        from its draft's newest token.
         """
         raise TypeError(f"{type(self).__name__} drafts nothing.")
 
@@ -181,6 +182,7 @@ class ModuleDrafter(Drafter):
 
     draft_vocab_ids: Tensor | None = None  # [M] the tokens that logits speak of; None: all
     sample = False  # draw drafts from the module's distribution, instead of its best guesses
+    guesses = 1  # likeliest tokens that each step offers; the chain goes on from the first
 
     def another(self, sample: bool) -> ModuleDrafter:
         """A drafter with storage of its own over the same weights."""

@@ -65,6 +65,7 @@ class Scripted(Drafter):
 
     name = "scripted"
     confidence = 0.5  # what it says of every token
+    width = 1  # tokens of a step
 
     def __init__(self) -> None:
         self.calls = 0  # rounds in which something was asked for
@@ -97,15 +98,29 @@ class Scripted(Drafter):
         self.asked.append(list(lengths))
         self.proposed_at.append(self.proposed)
         self.calls += any(lengths)
-        return [self._draft(s, length, b, worth) for b, (s, length) in enumerate(zip(sequences, lengths, strict=True))]
+        whole = [self._draft(s, length) for s, length in zip(sequences, lengths, strict=True)]
+        drafts = whole if worth is None else self.cut(whole, worth)
+        self.proposed += sum(map(len, drafts))
+        return drafts
 
-    def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+    def cut(self, whole: list[Draft], worth: Worth) -> list[Draft]:
+        """So many of the drafts' tokens as are worth it, `width` a step."""
+        drafts = [Draft(probs=None if d.probs is None else []) for d in whole]
+        open_B = [len(d) > 0 for d in whole]
+        while any(open_B):
+            open_B = [o and goes for o, goes in zip(open_B, worth(self.name, drafts), strict=True)]
+            for b, draft in enumerate(drafts):
+                at = len(draft)
+                for i in range(at, min(at + self.width, len(whole[b])) if open_B[b] else at):
+                    probs_V = None if whole[b].probs is None else whole[b].probs[i]
+                    draft.add(whole[b].tokens[i], whole[b].parents[i], whole[b].confidence[i], self.name, probs_V)
+                open_B[b] = open_B[b] and len(draft) < len(whole[b])
+        return drafts
+
+    def _draft(self, sequence: SequenceState, length: int) -> Draft:
         draft = Draft()
         for token in self.chain(sequence, length):
-            if worth is not None and not worth(self.name, b, draft):
-                break
             add(draft, token, len(draft) - 1, self.name, confidence=self.confidence)
-        self.proposed += len(draft)
         return draft
 
     def chain(self, sequence: SequenceState, length: int) -> list[int]:
@@ -158,19 +173,16 @@ class Wrong(Oracle):
 class Branching(Oracle):
     """Trees: below each right token first a wrong one, with a child that is right elsewhere, then the right one."""
 
-    name = "branching"
+    name, width = "branching", 3
 
-    def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+    def _draft(self, sequence: SequenceState, length: int) -> Draft:
         draft, at = Draft(), -1
         right = self.chain(sequence, length)
         for depth, token in enumerate(right):
-            if worth is not None and not worth(self.name, b, draft):
-                break
             wrong = add(draft, (token + 1) % self.vocabulary, at, self.name)
             if depth + 1 < length:
                 add(draft, right[depth + 1], wrong, self.name)
             at = add(draft, token, at, self.name)
-        self.proposed += len(draft)
         return draft
 
 
@@ -186,7 +198,7 @@ class Sampling(Scripted):
         super().__init__()
         self.probs_VV, self.width = probs_VV, width
 
-    def _draft(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+    def _draft(self, sequence: SequenceState, length: int) -> Draft:
         draft, at, last = Draft(probs=[]), -1, sequence.tokens[-1]
         for _ in range(length):
             q_V, below = self.probs_VV[last], at

@@ -51,7 +51,9 @@ def truth(batch: int = 1) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
     return inputs, wanted.tolist()
 
 
-def decode(make: Callable[[list[list[int]]], Any], curve: CostCurve, batch: int = 1) -> tuple[GenerationStats, Any]:
+def decode(
+    make: Callable[[list[list[int]]], Any], curve: CostCurve, batch: int = 1, slots: int = 64
+) -> tuple[GenerationStats, Any]:
     """Decode with num_draft_tokens="auto"; lossless every time."""
     inputs, wanted = truth(batch)
     mtp()._curve = curve
@@ -62,6 +64,7 @@ def decode(make: Callable[[list[list[int]]], Any], curve: CostCurve, batch: int 
         do_sample=False,
         num_draft_tokens="auto",
         drafter=drafter,
+        slots=slots,
         return_dict_in_generate=True,
     )
     assert out.sequences.tolist() == wanted
@@ -183,10 +186,19 @@ class Changing(Oracle):
 
 @pytest.mark.parametrize("drafts_for", [0, 1])
 def test_a_drafter_that_serves_one_sequence_of_the_batch_comes_back_too(drafts_for):
-    """Prompt lookup is asked only where it found something: the first sequence of a batch may never be."""
-    stats, _ = decode(lambda wanted: Changing(wanted, {drafts_for: 4 + 80}), MILD, batch=2)
-    assert sum(stats.drafted[1 - drafts_for]) == 0
-    assert sum(stats.accepted[drafts_for]) > 20, stats.accepted[drafts_for]
+    """The first sequence of a batch may never have any. Others wait: each token is worth the same."""
+    served = range(drafts_for, 6, 2)
+    stats, _ = decode(lambda wanted: Changing(wanted, dict.fromkeys(served, 4 + 80)), MILD, batch=6, slots=2)
+    assert sum(sum(stats.drafted[b]) for b in range(6) if b not in served) == 0
+    assert sum(sum(stats.accepted[b]) for b in served) > 60, stats.accepted
+
+
+def test_the_slowest_of_a_batch_decides():
+    """Nobody waits for a slot: who ends early saves a row, and drafts cost rows of all."""
+    alone, _ = decode(lambda wanted: Changing(wanted, {0: 4}), MILD, batch=2)
+    assert sum(alone.drafted[0]) < 20
+    both, _ = decode(lambda wanted: Changing(wanted, {0: 4, 1: 4}), MILD, batch=2)
+    assert sum(both.accepted[0]) > 100 and sum(both.accepted[1]) > 100
 
 
 def test_trees_are_lossless_and_pruned():
@@ -220,7 +232,7 @@ def test_pruning_keeps_parents_and_what_belongs_to_a_token():
         adaptive = AdaptiveLength(rng.choice([FLAT, STEEP]), 8)
         draft = random_draft(rng, rng.randint(0, 9))
         whole = list(zip(draft.tokens, draft.parents, draft.confidence, draft.sources))
-        kept = adaptive.prune([draft], 0.0)[0]
+        kept = adaptive.prune([draft])[0]
         sizes.add(len(kept))
         at = [token // 100 for token in kept.tokens]  # where each token stood
         assert at == sorted(set(at))
@@ -234,14 +246,28 @@ def test_pruning_keeps_parents_and_what_belongs_to_a_token():
     assert min(sizes) == 0 and len(sizes) > 4
 
 
-def test_pruning_takes_the_best_rate():
-    """Against the definition: of all numbers of rows the one with most expected tokens a second."""
-    rng = random.Random(1)
+def test_pruning_takes_the_most_gain():
+    """Against the definition: of all numbers of rows the one with most expected tokens, less what their time brings."""
+    rng, sizes = random.Random(1), set()
     for _ in range(100):
         adaptive, draft = AdaptiveLength(STEEP, 8), random_draft(rng, 7)
+        adaptive.begin_round([100])
+        adaptive._speed[1] = speed = rng.uniform(1.0, 2.0)
         chances = sorted(adaptive.chances(draft), reverse=True)
-        rates = [(1 + sum(chances[:m])) / (STEEP(1 + m) + 0.2) for m in range(8)]
-        assert len(adaptive.prune([draft], 0.2)[0]) == rates.index(max(rates))
+        gains = [sum(chances[:m]) - speed * (STEEP(1 + m) - STEEP(1)) for m in range(8)]
+        sizes.add(len(adaptive.prune([draft])[0]))
+        assert len(adaptive.prune([draft])[0]) == gains.index(max(gains))
+    assert len(sizes) > 3
+
+
+def test_no_draft_reaches_beyond_the_last_token():
+    adaptive = AdaptiveLength(FLAT, 8)
+    assert adaptive.begin_round([100, 5, 1, 0]) == [8, 4, 0, 0]
+    stats, _ = decode(lambda wanted: Oracle(wanted), FLAT)
+    left = NEW
+    for verification in stats.records[0]:
+        assert verification.depth < left
+        left -= verification.emitted
 
 
 def test_chances_multiply_along_a_branch():
@@ -262,15 +288,15 @@ def test_what_was_drawn_has_no_say():
         said = set()
         for confidence in (0.001, 0.5, 0.999):
             adaptive = AdaptiveLength(curve, 8, steps={})
-            adaptive.begin_round(1)
+            adaptive.begin_round([100])
             asked = []
             for size in range(5):
                 draft = drawn(list(range(size)), list(range(-1, size - 1)), confidence)
                 draft.add(7, size - 1, confidence, "b")  # an argmax draft below, which knows what was drawn
-                asked.append(adaptive.worth("a", 0, drawn(draft.tokens[:size], draft.parents[:size], confidence)))
-            beside = adaptive.worth("b", 0, Draft(), draft)
-            assert adaptive.prune([draft], 0.1) == [draft]
-            said.add((tuple(asked), beside, tuple(adaptive.chances(draft)), tuple(adaptive._ends(draft))))
+                asked.append(adaptive.worth("a", [drawn(draft.tokens[:size], draft.parents[:size], confidence)]))
+            beside = adaptive.worth("b", [Draft()], [draft])
+            assert adaptive.prune([draft]) == [draft]
+            said.add((str(asked), str(beside), tuple(adaptive.chances(draft)), tuple(adaptive._ends(draft))))
         assert len(said) == 1, said
 
 
@@ -278,13 +304,14 @@ def test_drawn_drafts_are_learned_as_the_overlap():
     """Of a module that is the target itself each draft would be kept, however seldom two draws agree."""
     adaptive = AdaptiveLength(CostCurve({1: 1.0, 4: 2.0, 64: 60.0}), 3, steps={})
     for _ in range(60):
-        adaptive.begin_round(1)
+        adaptive.begin_round([100])
         draft = drawn([1, 2, 3], [-1, 0, 1], 0.1)
         draft.shares = {0: 1.0, 1: 1.0}
         adaptive.learn([draft], [[1, 9]], {}, 4)
     assert adaptive._holds("a", 1) > 0.9 and adaptive._holds("a", 2) > 0.9
-    adaptive.begin_round(1)
-    assert [adaptive.worth("a", 0, drawn([1] * n, list(range(-1, n - 1)), 0.1)) for n in range(4)] == [1, 1, 1, 0]
+    adaptive.begin_round([100])
+    asked = [adaptive.worth("a", [drawn([1] * n, list(range(-1, n - 1)), 0.1)]) for n in range(4)]
+    assert asked == [[True], [True], [True], [False]]
 
 
 def test_by_counts_no_clock_is_asked():
@@ -293,10 +320,8 @@ def test_by_counts_no_clock_is_asked():
     for speed in (1e-6, 1.0):
         adaptive = AdaptiveLength(MILD, 8, steps={"a": 0.2})
         for turn in range(40):
-            adaptive.begin_round(2)
-            asked = [
-                adaptive.worth("a", b, drawn([1] * n, list(range(-1, n - 1)), 0.3)) for b in (0, 1) for n in (0, 1, 2)
-            ]
+            adaptive.begin_round([100, 100], [1.5, 1.2])
+            asked = [adaptive.worth("a", [drawn([1] * n, list(range(-1, n - 1)), 0.3)] * 2) for n in (0, 1, 2)]
             said.append((turn, asked))
             drafts = [drawn([1, 2], [-1, 0], 0.3) for _ in range(2)]
             drafts[0].shares, drafts[1].shares = {0: 0.7, 1: 0.4}, {0: 0.5}

@@ -402,8 +402,8 @@ def test_wide_trees_fit_up_to_the_last_token():
     """A drafter may be broader than two chains; near the length limit its rows must still find a place."""
 
     class Bush(Oracle):
-        def _draft(self, sequence, length, b, worth):
-            draft = super()._draft(sequence, length, b, worth)
+        def _draft(self, sequence, length):
+            draft = super()._draft(sequence, length)
             for token in range(40):
                 if token != draft.tokens[0]:
                     draft.tokens.append(token)

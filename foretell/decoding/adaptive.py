@@ -106,13 +106,14 @@ class CostCurve:
         return seconds
 
 
-# what rows, and a step of drafting, usually take in forwards of one row, where no clock may be asked
+# what rows, and a step of drafting, usually take in forwards of one row
 COUNTED, COUNTED_STEP = CostCurve({1: 1.0, 64: 1.0 + 0.05 * 63}), 0.12
+FIRST = 0.4  # share of a drafter's first tokens that are accepted, where nothing is known of it
 
 
 class AdaptiveLength:
-    """Decides, round by round, what is drafted and what is verified. What it learns outlives a decoding call: the
-    next text starts with the acceptance rates of the last ones, `begin` forgets only what is this text's alone.
+    """Decides, round by round, what is drafted and what is verified: all that brings more tokens than would come in the
+    same time without it. What it learns outlives a decoding call.
 
     steps: seconds of a drafter's step, by its name (nothing, for others), where no clock may be asked.
     """
@@ -120,172 +121,198 @@ class AdaptiveLength:
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
-    PLAIN_ROUNDS = 2  # without drafts, for each size of batch, so that the clock has something to compare; later fewer
+    DEEP = 6  # deeper drafts are accepted as often as those of this depth
 
     def __init__(self, curve: CostCurve, longest: int, steps: dict[str, float] | None = None) -> None:
         self.curve, self.longest, self.steps = curve, longest, steps
         self._table: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._trust: dict[tuple[str, int], list[float]] = defaultdict(lambda: [1.0, 1.0])  # accepted, and as promised
         self._depth: dict[tuple[str, int], list[float]] = {}
-        self._clocked: dict[str, float] = {}  # seconds of a step
-        self._probing: set[str] = set()
-        self._starts: dict[str, bool] = {}
-        self._deep: dict[tuple[str, float], int] = {}
-        # seconds by the clock over seconds by the curve, and how often seen: (power of two of the batch, plain or not)
-        self._clock: dict[tuple[int, bool], tuple[float, int]] = defaultdict(lambda: (1.0, 0))
-        self._wait: dict[str, int] = defaultdict(lambda: 1)
+        # by power of two of the batch: a step's seconds, tokens a second as times those of plain rounds, and how much
+        # longer than the curve says rounds take (its logarithm), with drafts and without
+        self._clocked: dict[tuple[str, int], float] = {}
+        self._speed: dict[int, float] = defaultdict(lambda: 1.0)
+        self._late: dict[tuple[int, bool], float] = {}
+        self._wait: dict[str, int] = {}
         self.begin()
 
     def begin(self) -> None:
-        """A new decoding call: nobody sits out, and the rate of tokens is not known yet. Half of what was waited
-        between probes stays: where drafts never pay, each probe of each short text is a loss.
+        """A new decoding call. Half of what was waited between probes stays: where drafts never pay, each probe of each
+        short text is a loss.
         """
-        self._wait = defaultdict(lambda: 1, {name: max(rounds // 2, 1) for name, rounds in self._wait.items()})
-        self._sit_out: dict[str, int] = defaultdict(int)
-        self._rate, self._batch, self._since_probe = 0.0, 1, 0
-        self.plain = False  # this round is for the clock: one row a sequence, neither drafts nor masks
+        self._wait = defaultdict(lambda: 4, {name: max(rounds // 2, 1) for name, rounds in self._wait.items()})
+        self._idle: dict[str, int] = defaultdict(int)
+        self._probing: set[str] = set()
+        self._deep: dict[str, int] = {}
+        self._batch, self._last, self._shares = 1, [1.0], (0.0, 1.0)
 
-    def begin_round(self, batch: int) -> list[int]:
-        """Longest drafts to ask for, and a new decision on who sits out."""
-        if batch != self._batch:
-            self._batch, self._rate = batch, 0.0
-        self._rate = max(self._rate, batch / self.cost(batch))
+    def begin_round(self, left: list[int], pace: list[float] | None = None) -> list[int]:
+        """Longest drafts to ask for. left: tokens that may still come, of each sequence. pace: those of a round so far,
+        where nobody waits for a slot: then the batch takes as long as the slowest of them.
+        """
+        self._batch, self._last, self._shares = len(left), [1 / len(left)] * len(left), (1.0, 0.0)
+        if pace is not None:
+            self._part([n / speed for n, speed in zip(left, pace, strict=True)])
         self._probing.clear()
-        self._starts.clear()
         self._deep.clear()
-        for name, rounds in self._sit_out.items():
-            self._sit_out[name] = max(rounds - 1, 0)
-        drafted, plain = (self._clock[batch.bit_length(), kind][1] for kind in (False, True))
-        wanted = self.PLAIN_ROUNDS + drafted.bit_length() // 2 + drafted // 64
-        self.plain = self.curve.measured and plain < wanted
-        return [0 if self.plain else self.longest] * batch
+        return [min(self.longest, max(n - 1, 0)) for n in left]
+
+    def _part(self, rounds: list[float]) -> None:
+        """How likely each sequence ends last, by the rounds that it still needs, and what a token is worth: that one's
+        saves a forward, the others' only their rows.
+        """
+        latest, B = max(rounds), self._batch
+        likely = [math.exp((n - latest) / (1 + 0.5 * math.sqrt(max(latest, 0.0)))) for n in rounds]
+        alone, together = self.curve(1), self.curve(B)
+        row = (together - alone) / max(B - 1, 1)
+        self._last, self._shares = [x / sum(likely) for x in likely], (B * row / together, B * (alone - row) / together)
+
+    def _value(self, gains: list[float], most: float = 0.5) -> float:
+        """What tokens of the sequences are worth, as many as there are if all have as many. The last one is who gains
+        little: of those that may be it, the share `most` that gains least counts.
+        """
+        each, last = self._shares
+        value, mass = each * sum(gains), most
+        for gain, chance in sorted(zip(gains, self._last, strict=True)):
+            value += last * gain * min(chance, mass) / most
+            mass -= min(chance, mass)
+        return value
+
+    @property
+    def _rate(self) -> float:
+        """Tokens that a second brings now."""
+        return self._speed[self._batch.bit_length()] * self._batch / self.cost(self._batch)
 
     def cost(self, rows: float) -> float:
-        """Seconds of a forward over so many rows of all sequences together: the curve, corrected by what the clock says
-        of rounds with drafts and of plain ones.
+        """Seconds of a forward over so many rows of all sequences together: the curve, and where the clock has seen
+        that rounds with drafts take longer against plain ones than it says, so much more.
         """
-        size = self._batch.bit_length()
-        (drafted, times), (plain, _) = self._clock[size, False], self._clock[size, True]
-        known = rows > self._batch and times >= self.PLAIN_ROUNDS
-        return self.curve(rows) * (max(drafted, plain) if known else plain)
-
-    def _cheapest_row(self, rows: int) -> float:
-        """Seconds of one more row a sequence, averaged over what may follow: past a jump rows are cheap."""
-        here = self.cost(rows)
-        return min((self.cost(rows + n * self._batch) - here) / n for n in (1, 2, 4))
+        size, more = self._batch.bit_length(), 0.0
+        if rows > self._batch and (size, True) in self._late:
+            late = self._late[size, True]
+            more = max(late - self._late.get((size, False), min(late, 0.0)), 0.0)
+        return self.curve(rows) * math.exp(more)
 
     def _step(self, name: str) -> float:
         """Seconds of one step of drafting."""
-        return self._clocked.get(name, 0.0) if self.steps is None else self.steps.get(name, 0.0)
-
-    def _took(self, name: str, seconds: float, steps: int) -> float:
-        """Seconds that a round's drafting took."""
         if self.steps is not None:
-            return steps * self._step(name)
-        if steps:
-            old = self._clocked.get(name, seconds / steps)
-            self._clocked[name] = 0.9 * old + 0.1 * seconds / steps
-        return seconds
+            return self.steps.get(name, 0.0)
+        return self._clocked.get((name, self._batch.bit_length()), COUNTED_STEP * self.curve(self._batch))
 
-    def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
-        """See Worth. beside: what cheaper drafters have proposed for the same sequence already."""
-        drawn = draft.probs is not None
-        if self.steps is None and name not in self._clocked and not drawn:
-            return True  # nobody knows yet what it costs: `prune` decides what is verified
-        needed = self._needed(beside)
-        if not len(draft):  # one answer for the whole batch, but for sequences that are served already
-            if name not in self._starts:
-                self._starts[name] = self._starts_now(name, drawn)
-            pays = self._depth_of(name, needed) > 0 if drawn else self._pays(name, 1, needed)
-            return self._starts[name] and (needed == 1.0 or name in self._probing or pays)
+    def _took(self, name: str, seconds: float, steps: int, late: float) -> float:
+        """Seconds that a round's drafting took, by the curve's clock. A step that has read a prompt is no usual one."""
+        if self.steps is None and steps:
+            old = self._step(name)
+            self._clocked[name, self._batch.bit_length()] = 0.7 * old + 0.3 * min(seconds / steps / late, 2 * old)
+        return steps * self._step(name)
+
+    def worth(self, name: str, drafts: list[Draft], beside: list[Draft] | None = None) -> list[bool]:
+        """See Worth. beside: what cheaper drafters have proposed for the same sequences already."""
+        needed = [1.0] * len(drafts) if beside is None else [self._needed(draft) for draft in beside]
+        first = not any(map(len, drafts))
+        if drafts[0].probs is not None:
+            if first:
+                self._deep[name] = self._due(name, self._further(name, self._value(needed)))
+            return [len(draft) < self._deep[name] for draft in drafts]
         if name in self._probing:
-            return False
-        if drawn:
-            return len(draft) < self._depth_of(name, needed)
-        return self._pays(name, len(draft) + 1, self.chances(draft)[-1] * needed)
+            return [False] * len(drafts)
+        ends = [self._nodes(draft)[-1] if len(draft) else (1.0, 0, False) for draft in drafts]
+        depth = max(depth for _, depth, _ in ends)
+        reached = [n * chance if at == depth else 0.0 for n, (chance, at, _) in zip(needed, ends, strict=True)]
+        more = self._further(name, self._value(reached), depth)
+        more = self._due(name, more) if first else more
+        return [more > 0 and value > 0 for value in reached]
 
-    def _depth_of(self, name: str, needed: float) -> int:
-        """How many drawn drafts make the most tokens a second. needed: chance that none of the others' is accepted."""
-        if (name, needed) not in self._deep:
-            self._deep[name, needed] = max(
-                range(self.longest + 1),
-                key=lambda K: (
-                    (1 + needed * self._reached(name, K)) / (self.cost(self._batch * (1 + K)) + K * self._step(name))
-                ),
-            )
-        return self._deep[name, needed]
+    def _further(self, name: str, value: float, depth: int = 0) -> int:
+        """How many more steps bring most, less what their time brings anyway. value: of a token each, times the chance
+        that the drafts so far are accepted.
+        """
+        here, best, best_gain, gain = self.cost(self._batch * (1 + depth)), 0, 0.0, 0.0
+        for K in range(1, self.longest + 1 - depth):
+            value *= self._holds(name, depth + K)
+            gain += value
+            seconds = self.cost(self._batch * (1 + depth + K)) - here + K * self._step(name)
+            if gain - self._rate * seconds > best_gain:
+                best, best_gain = K, gain - self._rate * seconds
+        return best
 
-    def _needed(self, beside: Draft | None) -> float:
+    def _needed(self, beside: Draft) -> float:
         """Chance that none of the others' first tokens is accepted: only then does another opinion help."""
-        if beside is None or not len(beside):
-            return 1.0
         first = [c for c, parent in zip(self.chances(beside), beside.parents, strict=True) if parent < 0]
         return max(1.0 - sum(first), 0.05)
 
-    def _starts_now(self, name: str, drawn: bool) -> bool:
-        if self._sit_out[name] > 0:
-            return False
-        if self._depth_of(name, 1.0) > 0 if drawn else self._pays(name, 1, 1.0):
-            self._wait[name] = 1
-            return True
-        # looks hopeless: look again only now and then
-        self._wait[name] = min(2 * self._wait[name], self.LONGEST_WAIT)
-        self._sit_out[name] = self._wait[name] + 1
-        self._probing.add(name)
-        return True
-
-    def _pays(self, name: str, depth: int, reached: float) -> bool:
-        """Whether one more step, reached with that chance, makes tokens faster than they come now."""
-        seconds = self._cheapest_row(self._batch * depth) + self._step(name)
-        return self._batch * reached * self._holds(name, min(depth, 6)) > self._rate * seconds * 0.9
+    def _due(self, name: str, steps: int) -> int:
+        """So many steps as pay; now and then one where none does, to learn whether that has changed."""
+        self._idle[name] += 1
+        if steps or self._idle[name] > self._wait[name]:
+            self._wait[name] = 1 if steps else min(2 * self._wait[name], self.LONGEST_WAIT)
+            self._idle[name] = 0
+            self._probing.update(() if steps else (name,))
+            return steps or 1
+        return 0
 
     def _holds(self, name: str, depth: int) -> float:
-        """Share of drafts that were accepted where their parents were; a depth not seen yet is as the one before it."""
+        """Share of a drafter's first guesses of this depth that were accepted where those before were; a depth not seen
+        yet is as the one before it.
+        """
+        depth = min(depth, self.DEEP)
         if (name, depth) not in self._depth:
-            return self._holds(name, depth - 1) if depth > 1 else 0.5
-        accepted, tried = self._depth[(name, depth)]
+            return self._holds(name, depth - 1) if depth > 1 else FIRST
+        accepted, tried = self._depth[name, depth]
         return accepted / tried
 
-    def chances(self, draft: Draft) -> list[float]:
-        """Probability of each drafted token to be accepted, its ancestors included; of tokens that were drawn, and of
-        those below them, without a look at which they are.
+    def _nodes(self, draft: Draft) -> list[tuple[float, int, bool]]:
+        """(probability to be accepted, ancestors included; depth; drawn or below a drawn one) of each token; where it
+        was drawn, or is below, without a look at which it is.
         """
-        out: list[float] = []
-        depth: list[int] = []
-        blind: list[bool] = []
+        nodes: list[tuple[float, int, bool]] = []
         for i, parent in enumerate(draft.parents):
-            depth.append(1 if parent < 0 else depth[parent] + 1)
-            blind.append(draft.drawn(i) or (parent >= 0 and blind[parent]))
-            if blind[i]:
-                given = self._holds(draft.sources[i], min(depth[i], 6))
-            else:
-                accepted, tried = self._table[self._key(draft, i, depth[i])]
-                given = (accepted + self.PRIOR * draft.confidence[i]) / (tried + self.PRIOR)
-            out.append(min(given, 0.999) * (1.0 if parent < 0 else out[parent]))
-        return out
+            reached, depth, blind = (1.0, 0, False) if parent < 0 else nodes[parent]
+            depth, blind = depth + 1, blind or draft.drawn(i)
+            given = self._holds(draft.sources[i], depth) if blind else self._given(draft, i, depth)
+            nodes.append((given * reached, depth, blind))
+        return nodes
 
-    def _key(self, draft: Draft, i: int, depth: int) -> tuple[str, int, int]:
-        return (draft.sources[i], min(depth, 4), min(int(draft.confidence[i] * 8), 7))
+    def chances(self, draft: Draft) -> list[float]:
+        """Probability of each drafted token to be accepted, its ancestors included."""
+        return [chance for chance, _, _ in self._nodes(draft)]
 
-    def prune(self, drafts: list[Draft], drafting_seconds: float) -> list[Draft]:
-        """Keep the likeliest rows, as many as make the most tokens a second; parents always come with children. What
-        was drawn is kept: `worth` has decided how much is.
+    def _given(self, draft: Draft, i: int, depth: int) -> float:
+        """Probability of a chosen token to be accepted after its parent."""
+        (accepted, tried), (held, promised) = self._cells(draft, i, depth)
+        return min((accepted + self.PRIOR * draft.confidence[i] * held / promised) / (tried + self.PRIOR), 0.999)
+
+    def _cells(self, draft: Draft, i: int, depth: int) -> tuple[list[float], list[float]]:
+        """What was learned of a chosen token's confidence, and of its source."""
+        at = draft.sources[i], min(depth, 4)
+        return self._table[*at, min(int(draft.confidence[i] * 8), 7)], self._trust[at]
+
+    def prune(self, drafts: list[Draft]) -> list[Draft]:
+        """Keep the likeliest rows, as many as bring more than their time brings anyway; parents always come with
+        children. What was drawn is kept: `worth` has decided how much is.
         """
-        if any(draft.probs is not None for draft in drafts):
-            return drafts
-        if self.steps is not None:
-            drafting_seconds = max(self.steps.values(), default=0.0) * max(map(len, drafts), default=0)
-        batch = len(drafts)
-        ranked: list[list[tuple[int, float]]] = []
+        kept, ranked = [], []
         for draft in drafts:
-            ranked.append(sorted(enumerate(self.chances(draft)), key=lambda node: (-node[1], node[0])))
-        best, best_rate = 0, batch / (self.cost(batch) + drafting_seconds)
-        gained = 0.0
-        for m in range(1, max((len(r) for r in ranked), default=0) + 1):
-            gained += sum(r[m - 1][1] for r in ranked if len(r) >= m)
-            rate = (batch + gained) / (self.cost(batch * (1 + m)) + drafting_seconds)
-            if rate > best_rate:
-                best, best_rate = m, rate
-        return [subset(draft, sorted(i for i, _ in r[:best])) for draft, r in zip(drafts, ranked, strict=True)]
+            nodes = self._nodes(draft)
+            fixed = [i for i, (_, _, blind) in enumerate(nodes) if blind]
+            if any(draft.parents[i] >= 0 and not nodes[draft.parents[i]][2] for i in fixed):
+                fixed = list(range(len(draft)))  # a chosen token that drawn ones stand below
+            order = sorted(set(range(len(draft))).difference(fixed), key=lambda i: (-nodes[i][0], i))
+            kept.append(fixed)
+            ranked.append([(i, nodes[i][0]) for i in order])
+        base = 1 + max(map(len, kept))
+        best, best_gain, gained = 0, 0.0, [0.0] * len(drafts)
+        rate, here = self._rate, self.cost(self._batch * base)
+        for m in range(1, max(map(len, ranked)) + 1):
+            for b, rows in enumerate(ranked):
+                gained[b] += rows[m - 1][1] if len(rows) >= m else 0.0
+            gain = self._value(gained) - rate * (self.cost(self._batch * (base + m)) - here)
+            if gain > best_gain:
+                best, best_gain = m, gain
+        return [
+            subset(draft, sorted(rows + [i for i, _ in free[:best]]))
+            for draft, rows, free in zip(drafts, kept, ranked, strict=True)
+        ]
 
     def paying_blocks(self, name: str, drafts: list[Draft], longest: int) -> tuple[int, list[list[int]]]:
         """(K, of each sequence the rows that carry a block of K masks), so many as pay; (0, none) where none does.
@@ -296,29 +323,23 @@ class AdaptiveLength:
         batch, base = len(drafts), len(drafts) * (1 + max(map(len, drafts)))
         ends = [sorted(self._ends(draft), key=lambda row: -row[1]) for draft in drafts]
         best, best_gain = (0, 0), 0.0
-        gain = 0.0  # of drafts of that many tokens, should they be there
+        gain, reached, chance = 0.0, 0.0, 1.0  # of drafts of that many tokens, should they be there
         for masks in range(1, longest + 1):
+            chance *= self._holds(name, masks)
+            reached += chance
             seconds = (self.cost(batch * (1 + masks)) - self.cost(batch)) / batch + self._step(name) * masks
-            gain = max(gain, self._reached(name, masks) - self._rate * seconds)
+            gain = max(gain, reached - self._rate * seconds)
             total = 0.0
             for groups in range(1, max(map(len, ends)) + 1):
                 total += gain * sum(rows[groups - 1][1] for rows in ends if len(rows) >= groups)
                 spent = self.cost(base + batch * groups * masks) - self.cost(base)
                 if total - self._rate * spent > best_gain:
                     best, best_gain = (masks, groups), total - self._rate * spent
-        if best[0]:
-            self._wait["masks"], self._since_probe = 1, 0
-        masks, groups = best if best[0] else self._block_probe(name, longest)
+        masks, groups = best
+        if self._due("masks", masks) > masks:  # one block, to learn whether it would pay
+            masks, groups = min(longest, 2), 1
+            self._idle[name] = self.LONGEST_WAIT  # its drafts are made
         return masks, [[row for row, _ in rows[:groups]] for rows in ends]
-
-    def _block_probe(self, name: str, longest: int) -> tuple[int, int]:
-        """Where blocks do not seem to pay: one now and then, to learn whether that has changed. Its drafts are made."""
-        self._since_probe += 1
-        if self._since_probe < self._wait["masks"]:
-            return 0, 0
-        self._since_probe, self._wait["masks"] = 0, min(2 * self._wait["masks"], self.LONGEST_WAIT)
-        self._sit_out[name] = 0
-        return min(longest, 2), 1
 
     def _ends(self, draft: Draft) -> list[tuple[int, float]]:
         """(row, chance that the accepted path ends there), row 0 the last token's own."""
@@ -326,14 +347,6 @@ class AdaptiveLength:
         for i, chance in enumerate(ends[1:]):
             ends[draft.parents[i] + 1] -= chance
         return [(row, max(chance, 0.0)) for row, chance in enumerate(ends)]
-
-    def _reached(self, name: str, depth: int) -> float:
-        """Expected accepted tokens of a chain of that depth."""
-        total, chance = 0.0, 1.0
-        for k in range(1, depth + 1):
-            chance *= self._holds(name, min(k, 6))
-            total += chance
-        return total
 
     def learn(
         self,
@@ -347,42 +360,62 @@ class AdaptiveLength:
         emitted: the tokens that came of it. names: each drafter's (seconds, steps) of this round. seconds: of the
         whole round, by the clock.
         """
-        drafting = sum(self._took(name, *spent) for name, spent in names.items())
-        if seconds is not None:
-            self._correct(rows, len(emitted), drafting, seconds)
+        late = 1.0 if seconds is None else self._correct(rows, seconds - sum(spent for spent, _ in names.values()))
+        spent = self.cost(rows) + sum(self._took(name, *one, late) for name, one in names.items())
+        known = {name: self._holds(name, 1) for name in self._probing}
         for draft, tokens in zip(drafts, emitted, strict=True):
-            accepted: set[int] = set()
-            depth: list[int] = []
-            for i, parent in enumerate(draft.parents):
-                depth.append(1 if parent < 0 else depth[parent] + 1)
-                if (parent >= 0 and parent not in accepted) or depth[i] > len(tokens):
-                    continue  # never reached, so nothing was learned
-                held: float = draft.tokens[i] == tokens[depth[i] - 1]
-                if held:
-                    accepted.add(i)
-                cells = [self._table[self._key(draft, i, depth[i])]]
-                if draft.drawn(i):
-                    if i not in draft.shares:
-                        continue  # a sibling before it was kept
-                    held, cells = draft.shares[i], []
-                if held > 0.5:
-                    for name in self._probing.intersection(draft.sources[i].split("+")):
-                        self._wait[name], self._sit_out[name] = 1, 0  # a probe that held: look again soon
-                for name in draft.sources[i].split("+"):
-                    key = (name, min(depth[i], 6))
-                    cells.append(self._depth.setdefault(key, [2 * self._holds(*key), 2.0]))
-                for cell in cells:
-                    cell[0] = cell[0] * self.FORGET + held
-                    cell[1] = cell[1] * self.FORGET + 1.0
-        self._rate = 0.9 * self._rate + 0.1 * sum(map(len, emitted)) / (self.cost(rows) + drafting)
+            self._learn(draft, tokens)
+        for name, before in known.items():
+            if self._holds(name, 1) > before + 0.02:  # a probe that held: look again soon
+                self._wait[name] = 1
+        value = self._value([float(len(one)) for one in emitted], 1.0)
+        size, times = self._batch.bit_length(), value / spent * self.cost(self._batch) / self._batch
+        self._speed[size] = max(0.9 * self._speed[size] + 0.1 * times, 1.0)
 
-    def _correct(self, rows: int, batch: int, drafting: float, seconds: float) -> None:
-        """What the clock says of a round, beside what the curve does."""
-        if self.curve.measured:
-            expected, kind = self.curve(rows) + drafting, (batch.bit_length(), rows == batch)
-            ratio, times = self._clock[kind]
-            weight = max(0.2, 1 / (times + 1))
-            self._clock[kind] = ((1 - weight) * ratio + weight * seconds / expected, times + 1)
+    def _learn(self, draft: Draft, tokens: list[int]) -> None:
+        accepted: dict[int, int] = {-1: 0}
+        first: dict[tuple[str, int], tuple[float, float]] = {}  # confidence and fate of the likeliest of siblings
+        for i, parent in enumerate(draft.parents):
+            depth = accepted.get(parent, len(tokens)) + 1
+            if depth > len(tokens):
+                continue  # never reached, so nothing was learned
+            held: float = draft.tokens[i] == tokens[depth - 1]
+            if held:
+                accepted[i] = depth
+            if draft.drawn(i):
+                if i not in draft.shares:
+                    continue  # a sibling before it was kept
+                held = draft.shares[i]
+            else:
+                for cell, promised in zip(self._cells(draft, i, depth), (1.0, draft.confidence[i]), strict=True):
+                    self._count(cell, held, promised)
+            for name in draft.sources[i].split("+"):
+                first[name, depth] = max(first.get((name, depth), (0.0, 0.0)), (draft.confidence[i], held))
+        for (name, depth), (_, held) in first.items():
+            key = name, min(depth, self.DEEP)
+            self._count(self._depth.setdefault(key, [self._holds(*key), 1.0]), held)
+
+    def _count(self, cell: list[float], held: float, of: float = 1.0) -> None:
+        cell[0] = cell[0] * self.FORGET + held
+        cell[1] = cell[1] * self.FORGET + of
+
+    def _correct(self, rows: int, seconds: float) -> float:
+        """How many times longer than the curve says a round without its drafting took, remembered for its kind.
+
+        A busy machine makes all rounds slow, so what is new of one kind is believed of the other too, but for a part.
+        """
+        if not self.curve.measured:
+            return 1.0
+        size, drafted = self._batch.bit_length(), rows > self._batch
+        late = math.log(max(seconds, 1e-9) / self.curve(rows))
+        if (size, drafted) not in self._late:
+            self._late[size, drafted] = late
+        change = 0.2 * min(max(late - self._late[size, drafted], -1.0), 1.0)
+        self._late[size, drafted] += change
+        if (size, not drafted) in self._late:
+            gap = self._late[size, drafted] - self._late[size, not drafted]
+            self._late[size, not drafted] += 0.8 * change + 0.005 * gap  # who is not seen is given another chance
+        return math.exp(self._late[size, drafted])
 
 
 def subset(draft: Draft, keep: Sequence[int]) -> Draft:
@@ -402,16 +435,15 @@ def subset(draft: Draft, keep: Sequence[int]) -> Draft:
 class FixedLength(AdaptiveLength):
     """Always drafts as many tokens as asked for and verifies all of them; only the masks' layout adapts."""
 
-    def begin_round(self, batch: int) -> list[int]:
+    def begin_round(self, left: list[int], pace: list[float] | None = None) -> list[int]:
         """See AdaptiveLength."""
-        super().begin_round(batch)
-        self.plain = False
-        return [self.longest] * batch
+        super().begin_round(left, pace)
+        return [self.longest] * len(left)
 
-    def worth(self, name: str, b: int, draft: Draft, beside: Draft | None = None) -> bool:
+    def worth(self, name: str, drafts: list[Draft], beside: list[Draft] | None = None) -> list[bool]:
         """Whatever it costs."""
-        return True
+        return [True] * len(drafts)
 
-    def prune(self, drafts: list[Draft], drafting_seconds: float) -> list[Draft]:
+    def prune(self, drafts: list[Draft]) -> list[Draft]:
         """Nothing is left out."""
         return drafts

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from foretell.decoding.compose import Composed, as_drafter
-from foretell.decoding.lookup import PromptLookup
+from foretell.decoding.lookup import MAX_NGRAM, REMEMBERED, PromptLookup
 from foretell.decoding.policies import SPANS, check_policy
 from foretell.decoding.spans import span_drafts, threshold_of
 from foretell.decoding.trees import Tree, check_tree
-from foretell.types import Drafter, Warp
+from foretell.types import Drafter, SequenceState, Warp
 
+GUESSES = 4  # likeliest tokens of each step that "auto" chooses from
 LAYOUTS = ("linear", "quadratic", "auto", "two_pass")
 # what transformers' generate takes and does not hand on to a custom_generate
 KEPT_BACK = ("tokenizer", "callers_streamer")
@@ -36,6 +37,7 @@ class Plan:
     draft_dtype: str
     generator: torch.Generator | None
     slots: int
+    history: int
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class Plan:
         draft_layout: str | None = None,
         generator: torch.Generator | None = None,
         slots: int = 64,
+        history: bool | int = False,
     ) -> Plan:
         """Raises ValueError for what does not fit the module, or each other."""
         check_policy(policy)
@@ -88,6 +91,15 @@ class Plan:
             raise ValueError(f"slots: got {slots!r}, wanted an integer of at least 1.")
         if draft_sample_method not in ("greedy", "probabilistic"):
             raise ValueError(f"draft_sample_method: got {draft_sample_method!r}, wanted 'greedy' or 'probabilistic'.")
+        if not isinstance(history, int) or history < 0:
+            raise ValueError(f"history: got {history!r}, wanted True, False or a number of tokens to remember.")
+        looks = isinstance(drafter, str) and "lookup" in drafter.split("+")
+        if history and (not looks or policy != "lossless" or draft_sample_method != "greedy"):
+            raise ValueError(
+                f"history: got {history!r} with drafter {drafter!r}, policy {policy!r} and {draft_sample_method!r} "
+                "drafts, wanted 'lookup' among the drafters, policy 'lossless' and greedy drafts: else what was said "
+                "before would have a say in the text. Leave it out, or change those."
+            )
         like = next(module.parameters(), mtp.target.head.weight)
         own_dtype = str(like.dtype).removeprefix("torch.")
         if like.is_floating_point() and like.element_size() < 2:
@@ -127,7 +139,13 @@ class Plan:
             draft_dtype=draft_dtype,
             generator=generator,
             slots=slots,
+            history=REMEMBERED if history is True else int(history),
         )
+
+    def remember(self, space: Any, sequence: SequenceState) -> None:
+        """Keep an answer that is whole, with what stood before its first token."""
+        if self.history:
+            space.history.add(sequence.tokens[max(sequence.prompt_length - MAX_NGRAM, 0) :], self.history)
 
     def drafters(self, mtp: Any, space: Any, warp: Warp | None) -> Drafter | None:
         """Who drafts in this workspace, with the module's part set up; warp: what drawn drafts go through, None where
@@ -141,11 +159,13 @@ class Plan:
             own: Any = mtp.drafter(space, warp is not None, self.draft_dtype) if "mtp" in names else None
             if own is not None:
                 own.warp = warp
+                own.guesses = GUESSES if self.length == "auto" and warp is None and self.layout in (None, "auto") else 1
             if own is not None and mtp.module.guesses_trees:
                 own.tree = self.tree
             if own is not None and mtp.module.lays_masks:
                 own.layout, own.masks = self.layout or "quadratic", self.masks
-            drafter = [own if name == "mtp" else PromptLookup() for name in names]
+            lookup = PromptLookup(history=space.history if self.history else None)
+            drafter = [own if name == "mtp" else lookup for name in names]
         several = _as_drafters(drafter)
         return several[0] if len(several) == 1 else Composed(several)
 

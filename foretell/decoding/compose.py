@@ -71,7 +71,7 @@ class Composed(Drafter):
         """See Drafter."""
         merged = [Draft() for _ in sequences]
         for drafter in self.drafters:
-            asked = worth and (lambda name, b, draft: worth(name, b, draft, merged[b]))
+            asked = worth and (lambda name, own: worth(name, own, merged))
             drafts, self._timing[drafter.name] = timed_draft(drafter, sequences, lengths, asked)
             for into, draft in zip(merged, drafts, strict=True):
                 merge(into, draft)

@@ -192,6 +192,12 @@ class MTPGenerate:
                 length = mtp.adaptive(space, plan, sample, counted)
                 length.begin()
             drafter = plan.drafters(mtp, space, warp)
+
+            def leave(sequence: SequenceState) -> None:
+                plan.remember(space, sequence)
+                if self.leave is not None:
+                    self.leave(sequence)
+
             stats = space.decoder(mtp.target, drafter, plan.policy, self.watchers).run(
                 sequences,
                 scores,
@@ -204,7 +210,7 @@ class MTPGenerate:
                 slots=plan.slots,
                 generator=plan.generator if scores.dice is None else scores.dice.generator(mtp.device),
                 emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
-                leave=self.leave,
+                leave=leave,
                 stop_admitting=self.stop_admitting,
             )
         if streamer is not None:

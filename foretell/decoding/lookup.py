@@ -1,24 +1,64 @@
 """Prompt lookup: drafts copied from where the last few tokens stood before. No training, no cost but the rows.
 
-Saxena 2023, "Prompt Lookup Decoding"; transformers has it as prompt_lookup_num_tokens.
+Saxena 2023, "Prompt Lookup Decoding"; transformers has it as prompt_lookup_num_tokens. With a History it also looks at
+what earlier answers said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from foretell.types import Draft, Drafter, SequenceState, Worth
 
+REMEMBERED = 32768  # tokens that history=True keeps
+MAX_NGRAM, MIN_NGRAM = 3, 2
+
+Index = dict[tuple[int, ...], tuple[list[int], int]]  # n-gram -> the text that it was last seen in, and where it ended
+
+
+def _ngrams(tokens: list[int], first: int, shortest: int, longest: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """(n-gram, where it ends) of those that end at first or later and that some token follows."""
+    for end in range(max(first, 1), len(tokens)):
+        for n in range(shortest, min(longest, end) + 1):
+            yield tuple(tokens[end - n : end]), end
+
+
+class History:
+    """The newest answers of a process. Threads may share it."""
+
+    def __init__(self) -> None:
+        self.index, self._texts, self._kept = Index(), deque[list[int]](), 0
+        self._lock = threading.Lock()
+
+    def add(self, tokens: list[int], limit: int) -> None:
+        """Remember a text, and of the oldest ones no more than fit into `limit` tokens in all."""
+        text = tokens[-limit:]
+        with self._lock:
+            self._texts.append(text)
+            self._kept += len(text)
+            self.index.update((gram, (text, end)) for gram, end in _ngrams(text, 0, MIN_NGRAM, MAX_NGRAM))
+            while self._kept > limit:
+                oldest = self._texts.popleft()
+                self._kept -= len(oldest)
+                for gram, _ in _ngrams(oldest, 0, MIN_NGRAM, MAX_NGRAM):
+                    if gram in self.index and self.index[gram][0] is oldest:
+                        del self.index[gram]
+
 
 class PromptLookup(Drafter):
-    """Longest n-gram first, most recent place first. An index per slot grows with the text: no rescan."""
+    """Longest n-gram first, most recent place first, in the text itself, then in the history. An index per slot grows
+    with the text: no rescan.
+    """
 
     name = "lookup"
 
-    def __init__(self, max_ngram: int = 3, min_ngram: int = 2) -> None:
+    def __init__(self, max_ngram: int = MAX_NGRAM, min_ngram: int = MIN_NGRAM, history: History | None = None) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"got min_ngram={min_ngram}, max_ngram={max_ngram}; wanted 1 <= min_ngram <= max_ngram.")
         self.max_ngram, self.min_ngram = max_ngram, min_ngram
+        self._earlier = Index() if history is None else history.index
 
     def open(self, slots: int, capacity: int) -> None:
         """See Watcher."""
@@ -31,26 +71,22 @@ class PromptLookup(Drafter):
 
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
-        return [self._find(s, length, b, worth) for b, (s, length) in enumerate(zip(sequences, lengths, strict=True))]
+        return [self._find(s, length) for s, length in zip(sequences, lengths, strict=True)]
 
-    def _find(self, sequence: SequenceState, length: int, b: int, worth: Worth | None) -> Draft:
+    def _find(self, sequence: SequenceState, length: int) -> Draft:
         draft = Draft()
         if length == 0:
             return draft
         tokens, index = sequence.tokens, self._index[sequence.slot]
-        for end in range(max(self._read[sequence.slot], 1), len(tokens)):  # n-grams that some token follows
-            for n in range(self.min_ngram, self.max_ngram + 1):
-                if end >= n:
-                    index[tuple(tokens[end - n : end])] = end
+        index.update(_ngrams(tokens, self._read[sequence.slot], self.min_ngram, self.max_ngram))
         self._read[sequence.slot] = len(tokens)
-        for n in range(self.max_ngram, self.min_ngram - 1, -1):
-            place = index.get(tuple(tokens[-n:])) if len(tokens) >= n else None
-            if place is not None:
-                for token in tokens[place : place + length]:
-                    if worth is not None and not worth(self.name, b, draft):
-                        break
-                    # the confidence is a start: the adaptive policy learns the real rate
-                    draft.add(token, len(draft) - 1, 0.5 + 0.1 * n, self.name)
+        for n in range(min(self.max_ngram, len(tokens)), self.min_ngram - 1, -1):
+            gram = tuple(tokens[-n:])
+            text, place = (tokens, index[gram]) if gram in index else self._earlier.get(gram, (tokens, 0))
+            for token in text[place : place + length] if place else ():
+                # the confidence is a start: the adaptive policy learns the real rate
+                draft.add(token, len(draft) - 1, 0.5 + 0.1 * n, self.name)
+            if place:
                 break
         return draft
 

@@ -165,7 +165,9 @@ class Run:
             spent = time.perf_counter() - start
             for draft, verdict in zip(drafts, verdicts, strict=True):
                 draft.shares = verdict.shares
-            self.adaptive.learn(proposed, told, drafting, len(active) * R, spent)
+            # of chosen drafts also what was left out may have been right
+            seen = [p if d.probs is None else d for p, d in zip(proposed, drafts, strict=True)]
+            self.adaptive.learn(seen, told, drafting, len(active) * R, spent)
         return emitted
 
     def _read(
@@ -242,7 +244,7 @@ class Run:
         none = [Draft() for _ in self.active]
         if self.drafter is None or (self.adaptive is None and self.length == 0):
             return none, none, {}
-        asked = [self.length] * len(none) if self.adaptive is None else self.adaptive.begin_round(len(none))
+        asked = [self.length] * len(none) if self.adaptive is None else self.adaptive.begin_round(*self._progress())
         lengths = [min(length, self._room(s)) for s, length in zip(self.active, asked, strict=True)]
         if self.adaptive is None:
             drafts = self.drafter.draft(self.active, lengths)
@@ -250,7 +252,14 @@ class Run:
         if not any(lengths):
             return none, none, {}
         proposed, spent = timed_draft(self.drafter, self.active, lengths, self.adaptive.worth)
-        return proposed, self.adaptive.prune(proposed, spent[0]), self.drafter.timing(spent)
+        return proposed, self.adaptive.prune(proposed), self.drafter.timing(spent)
+
+    def _progress(self) -> tuple[list[int], list[float] | None]:
+        """Of each sequence, the tokens that may still come, and those that came a round; None while others wait."""
+        left = [self.rules.max_tokens - len(s.padding) - len(s.tokens) for s in self.active]
+        if self.waiting:
+            return left, None
+        return left, [(len(s.new_tokens) + 4) / (len(s.record) + 2) for s in self.active]
 
     def _room(self, sequence: SequenceState) -> int:
         """How deep drafts may go: not beyond where the text will be read anew, and nowhere below a broken one."""

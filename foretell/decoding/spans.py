@@ -150,15 +150,9 @@ class SpanLength(AdaptiveLength):
 
     def span(self, batch: int) -> int:
         """K for this round; now and then a little more than pays, to learn whether that has changed."""
-        self.begin_round(batch)
-        if self.plain:  # a round for the clock
-            return 0
+        self.begin_round([self.longest + 1] * batch)
         best = max(range(self.longest + 1), key=self.rate)
-        self._since_probe += 1
-        if best == self.longest or self._since_probe < self._wait["spans"]:
-            return best
-        self._since_probe, self._wait["spans"] = 0, min(2 * self._wait["spans"], self.LONGEST_WAIT)
-        return min(best + 2, self.longest)
+        return best if best == self.longest else min(best + 2 * self._due("spans", 0), self.longest)
 
     def rate(self, K: int) -> float:
         """Tokens a second of rounds that always offer K. The longest span of the batch pads the others."""
@@ -189,7 +183,7 @@ class SpanLength(AdaptiveLength):
                 cell = self._depth.setdefault(("spans", k), [2 * self._held(k), 2.0])
                 cell[0] = cell[0] * self.FORGET + (count >= k)
                 cell[1] = cell[1] * self.FORGET + 1.0
-        self._correct(rows, batch, self._took("spans", drafting, steps), seconds)
+        self._took("spans", drafting, steps, self._correct(rows, seconds - drafting))
 
 
 def threshold_of(policy: str, threshold: float | None) -> float | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from foretell.decoding.adaptive import AdaptiveLength
+from foretell.decoding.lookup import History
 from foretell.decoding.loop import Decoder
 from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanDecoder
@@ -22,6 +23,8 @@ from foretell.types import Drafter, ModuleDrafter, Watcher
 
 class Workspace:
     """Of one call: the target's cache, a module's drafter with its storage, and what was learned of acceptance."""
+
+    history: History  # of all calls
 
     def __init__(self) -> None:
         self.cache = SlotCache()
@@ -55,6 +58,7 @@ class Workspaces:
         self._free: list[Workspace] = []
         self._leased: set[int] = set()
         self._packed: dict[str, tuple[Any, ModuleDrafter]] = {}
+        self._history = History()
 
     def __reduce__(self) -> Any:
         return Workspaces, ()  # copies share no state
@@ -65,6 +69,7 @@ class Workspaces:
         with self.lock:
             space = self._free.pop() if self._free else Workspace()
             self._leased.add(id(space))
+            space.history = self._history
         try:
             yield space
         except BaseException:
@@ -87,4 +92,4 @@ class Workspaces:
     def release(self) -> None:
         """Keep nothing; what is leased now is not kept when it comes back."""
         with self.lock:
-            self._free, self._leased, self._packed = [], set(), {}
+            self._free, self._leased, self._packed, self._history = [], set(), {}, History()

@@ -23,7 +23,8 @@ from foretell.ops.sampling import draw, over_vocabulary
 from foretell.types import Draft, ModuleDrafter, SequenceState, Warp, Worth
 
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
-Picked = tuple[int, Tensor, Tensor, Tensor | None]  # depth, tokens and their probabilities, what they are drawn from
+Picked = tuple[int, Tensor, Tensor, Tensor | None]  # a depth and its _guesses
+LEAST = 0.02  # further guesses less likely than this are not offered
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
 
 
@@ -130,6 +131,16 @@ class OwnDrafter(ModuleDrafter):
         left_B1 = (1 - sure_B1) / (1 - probs_BS[:, :1]).clamp(min=1e-6)
         return torch.cat([sure_B1, probs_BS[:, 1:] * left_B1], dim=1)
 
+    def _guesses(self, logits_BM: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, S] tokens, best first, their probabilities and, where they are drawn, what they are drawn from [B, V]."""
+        if self.sample:
+            probs_BV = self.proposals(logits_BM)
+            tokens_B1 = draw(probs_BV, self.generator)[:, None]
+            return tokens_B1, probs_BV.gather(1, tokens_B1), probs_BV
+        sure_BS, tokens_BS = probabilities(logits_BM).topk(min(width, logits_BM.shape[1]))
+        ids = self.module.draft_vocab_ids
+        return tokens_BS if ids is None else ids[tokens_BS], self.rated(sure_BS), None
+
     def last_tokens(self, sequences: Sequence[SequenceState], drafts: list[Draft]) -> Tensor:
         """[B] what the next token follows."""
         last = [(draft.tokens or s.tokens)[-1] for s, draft in zip(sequences, drafts, strict=True)]
@@ -183,42 +194,35 @@ class ChainDrafter(OwnDrafter, ABC):
         ]
         picked: list[Picked] = []
         for k in range(1, max(wanted, default=0) + 1):
-            for b, draft in enumerate(drafts):
-                if wanted[b] >= k and worth is not None and not worth(self.name, b, draft):
-                    wanted[b] = k - 1
+            if worth is not None:
+                go_on = worth(self.name, drafts)
+                wanted = [n if goes or n < k else k - 1 for n, goes in zip(wanted, go_on, strict=True)]
             if max(wanted) < k:
                 break
-            tokens_B, sure_B, probs_BV = self._pick(self._step(sequences, drafts, k, wanted))
-            picked.append((k, tokens_B, sure_B, probs_BV))
+            tokens_BS, sure_BS, probs_BV = self._guesses(self._step(sequences, drafts, k, wanted), self.guesses)
+            picked.append((k, tokens_BS, sure_BS, probs_BV))
             if self.on_device:
-                self._hold(sequences, k, tokens_B)
+                self._hold(sequences, k, tokens_BS[:, 0])
             if worth is not None or not self.on_device:
                 self._read(picked, drafts, wanted)
         self._read(picked, drafts, wanted)
         return drafts
 
-    def _pick(self, logits_BM: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B] tokens, their probabilities and, where they are drawn, what they are drawn from [B, V]."""
-        if not self.sample:
-            sure_B, tokens_B = probabilities(logits_BM).max(dim=-1)
-            ids, sure_B = self.module.draft_vocab_ids, self.rated(sure_B[:, None])[:, 0]
-            return tokens_B if ids is None else ids[tokens_B], sure_B, None
-        probs_BV = self.proposals(logits_BM)
-        tokens_B = draw(probs_BV, self.generator)
-        return tokens_B, probs_BV.gather(1, tokens_B[:, None])[:, 0], probs_BV
-
-    def _read(
-        self, picked: list[tuple[int, Tensor, Tensor, Tensor | None]], drafts: list[Draft], wanted: list[int]
-    ) -> None:
+    def _read(self, picked: list[Picked], drafts: list[Draft], wanted: list[int]) -> None:
         """Move what was picked into the drafts: one read of the device, however many depths there are."""
         if not picked:
             return
-        columns = [x_B.double() for _, tokens_B, sure_B, _ in picked for x_B in (tokens_B, sure_B)]
-        for b, row in enumerate(torch.stack(columns, dim=1).tolist()):
+        S = picked[0][1].shape[1]
+        columns = [x_BS.double() for _, tokens_BS, sure_BS, _ in picked for x_BS in (tokens_BS, sure_BS)]
+        for b, row in enumerate(torch.cat(columns, dim=1).tolist()):
             for i, (k, _, _, probs_BV) in enumerate(picked):
-                if wanted[b] >= k:
-                    probs_V = None if probs_BV is None else probs_BV[b]
-                    drafts[b].add(int(row[2 * i]), len(drafts[b]) - 1, row[2 * i + 1], self.name, probs_V)
+                if wanted[b] < k:
+                    continue
+                probs_V, parent = None if probs_BV is None else probs_BV[b], len(drafts[b]) - 1
+                tokens, sure = row[2 * i * S : (2 * i + 1) * S], row[(2 * i + 1) * S : (2 * i + 2) * S]
+                for s in reversed(range(S)):  # the chain goes on from the newest
+                    if s == 0 or sure[s] >= LEAST:
+                        drafts[b].add(int(tokens[s]), parent, sure[s], self.name, probs_V)
         picked.clear()
 
     def _hold(self, sequences: Sequence[SequenceState], k: int, tokens_B: Tensor) -> None:

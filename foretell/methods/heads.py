@@ -18,18 +18,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foretell.methods.base import MTPConfig, MTPModule
-from foretell.methods.chain import FEW_ROWS, OwnDrafter, begin_rows, probabilities, reading_plan
+from foretell.methods.chain import FEW_ROWS, LEAST, OwnDrafter, begin_rows, reading_plan
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_heads import HeadType, InitStrategy, MTPHead
 from foretell.models.slot_cache import SlotCache, SlotStorage
 from foretell.models.target import Target, TargetRows
-from foretell.ops.sampling import draw
 from foretell.types import Batch, Draft, SequenceState, Worth
 
 SHARED_FROM = 65536  # tokens: larger vocabularies share the target's output matrix unless told otherwise
-GUESSES = 4  # likeliest tokens a head offers to num_draft_tokens="auto", which keeps those that pay
-LEAST = 0.02  # a guess less likely than this is not offered
 
 
 @dataclass(kw_only=True)
@@ -248,85 +245,41 @@ class HeadsDrafter(OwnDrafter):
 
     @torch.no_grad()
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
-        """See Drafter. One reading of the heads serves all depths, so worth is asked once; with it, several guesses a
-        depth are offered and the caller keeps those that pay."""
+        """See Drafter. One reading of the heads serves all depths, so worth is asked once."""
         drafts = [Draft(probs=[] if self.sample else None) for _ in sequences]
+        go_on = [True] * len(drafts) if worth is None or not any(lengths) else worth(self.name, drafts)
         asked = [
-            min(n, self.module.longest_draft) if s.cached and (worth is None or worth(self.name, b, drafts[b])) else 0
-            for b, (s, n) in enumerate(zip(sequences, lengths, strict=True))
+            min(n, self.module.longest_draft) if s.cached and goes else 0
+            for s, n, goes in zip(sequences, lengths, go_on, strict=True)
         ]
         depth = max(asked, default=0)
         if depth == 0:
             return drafts
         self.calls += 1
         products_BKM, states_BKD = self._products(sequences, depth)
-        if self.module.bigram is not None:
-            begin_B = self.last_tokens(sequences, drafts)
-            self._walk(drafts, products_BKM, states_BKD, begin_B, asked, GUESSES if worth is not None else 1)
-            return drafts
-        logits_BKM = self.target.scaled(products_BKM)
-        if self.sample:
-            self._draw(drafts, logits_BKM, asked)
-            return drafts
-        probs_BKM = probabilities(logits_BKM)
-        guesses = GUESSES if worth is not None else max((c[-1] + 1 for c in self.tree), default=1) if self.tree else 1
-        best = probs_BKM.topk(min(guesses, probs_BKM.shape[-1]), dim=-1)
-        ids = self.module.draft_vocab_ids
-        tokens_BKS = (best.indices if ids is None else ids[best.indices]).tolist()
-        for b, (tokens, confidence) in enumerate(zip(tokens_BKS, best.values.tolist(), strict=True)):
-            fill = self._offer if worth is not None else self._lay_out
-            fill(drafts[b], tokens[: asked[b]], confidence[: asked[b]])
+        self._walk(drafts, products_BKM, states_BKD, self.last_tokens(sequences, drafts), asked)
         return drafts
 
-    def _lay_out(self, draft: Draft, tokens_KS: list[list[int]], confidence_KS: list[list[float]]) -> None:
-        """The tree of ranks given by the caller, or a chain of first guesses."""
-        tree = self.tree or [(0,) * k for k in range(1, len(tokens_KS) + 1)]
-        at: dict[tuple[int, ...], int] = {(): -1}
-        for ranks in tree:
-            k = len(ranks) - 1
-            if k < len(tokens_KS) and ranks[:-1] in at and ranks[-1] < len(tokens_KS[k]):
-                token, confidence = tokens_KS[k][ranks[-1]], confidence_KS[k][ranks[-1]]
-                at[ranks] = draft.add(token, at[ranks[:-1]], confidence, self.name)
-
-    def _offer(self, draft: Draft, tokens_KS: list[list[int]], confidence_KS: list[list[float]]) -> None:
-        """Guesses of every depth below the first guess of the depth before."""
-        parent = -1
-        for tokens, confidence in zip(tokens_KS, confidence_KS, strict=True):
-            first = parent
-            for rank, (token, chance) in enumerate(zip(tokens, confidence, strict=True)):
-                if rank == 0:
-                    first = draft.add(token, parent, chance, self.name)
-                elif chance >= LEAST:
-                    draft.add(token, parent, chance, self.name)
-            parent = first
-
     def _walk(
-        self,
-        drafts: list[Draft],
-        products_BKM: Tensor,
-        states_BKD: Tensor,
-        begin_B: Tensor,
-        asked: list[int],
-        guesses: int,
+        self, drafts: list[Draft], products_BKM: Tensor, states_BKD: Tensor, begin_B: Tensor, asked: list[int]
     ) -> None:
-        """The same trees where a bigram makes what a head says depend on the guess before: level by level."""
-        depth, tree = products_BKM.shape[1], None if self.sample or guesses > 1 else self.tree
-        if tree is None:
-            tree = [(0,) * k + (rank,) for k in range(depth) for rank in range(1 if self.sample else guesses)]
+        """The tree of ranks given by the caller, or a chain of first guesses and beside each its likely others. Level by
+        level, since a bigram makes what a head says depend on the guess before.
+        """
+        depth, tree = products_BKM.shape[1], None if self.sample or self.guesses > 1 else self.tree
+        if not tree:
+            tree = [(0,) * k + (rank,) for k in range(depth) for rank in range(1 if self.sample else self.guesses)]
         made: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {(): (begin_B, begin_B, None)}
+        said: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
         for parent in sorted({ranks[:-1] for ranks in tree if len(ranks) <= depth}, key=len):
             k, children = len(parent), [ranks for ranks in tree if ranks[:-1] == parent]
             if parent not in made:
                 continue
-            logits_BM, probs_BV = self.said(products_BKM[:, k], states_BKD[:, k], made[parent][0]), None
-            if self.sample:
-                probs_BV = self.proposals(logits_BM)
-                tokens_BS = draw(probs_BV, self.generator)[:, None]
-                sure_BS = probs_BV.gather(1, tokens_BS)
-            else:
-                width, ids = 1 + max(ranks[-1] for ranks in children), self.module.draft_vocab_ids
-                best = probabilities(logits_BM).topk(min(width, logits_BM.shape[1]), dim=-1)
-                tokens_BS, sure_BS = best.indices if ids is None else ids[best.indices], self.rated(best.values)
+            before = k if self.module.bigram is None else parent
+            if before not in said:
+                width = 1 + max(ranks[-1] for ranks in tree if len(ranks) == k + 1)
+                said[before] = self._guesses(self.said(products_BKM[:, k], states_BKD[:, k], made[parent][0]), width)
+            tokens_BS, sure_BS, probs_BV = said[before]
             for ranks in children:
                 if ranks[-1] < tokens_BS.shape[1]:
                     made[ranks] = tokens_BS[:, ranks[-1]], sure_BS[:, ranks[-1]], probs_BV
@@ -336,18 +289,10 @@ class HeadsDrafter(OwnDrafter):
             at: dict[tuple[int, ...], int] = {(): -1}
             for i, ranks in enumerate(laid):
                 token, chance, probs_BV = int(columns[b][2 * i]), columns[b][2 * i + 1], made[ranks][2]
-                offered = guesses == 1 or ranks[-1] == 0 or chance >= LEAST
+                offered = self.guesses == 1 or ranks[-1] == 0 or chance >= LEAST
                 if len(ranks) <= asked[b] and ranks[:-1] in at and offered:
                     row_V = None if probs_BV is None else probs_BV[b]
                     at[ranks] = draft.add(token, at[ranks[:-1]], chance, self.name, row_V)
-
-    def _draw(self, drafts: list[Draft], logits_BKM: Tensor, asked: list[int]) -> None:
-        probs_BKV = self.proposals(logits_BKM)
-        drawn_BK = draw(probs_BKV.flatten(0, 1), self.generator).view(probs_BKV.shape[:2])
-        sure_BK = probs_BKV.gather(2, drawn_BK[..., None])[..., 0].tolist()
-        for b, (draft, tokens) in enumerate(zip(drafts, drawn_BK.tolist(), strict=True)):
-            for k in range(asked[b]):
-                draft.add(tokens[k], k - 1, sure_BK[b][k], self.name, probs_BKV[b, k])
 
     def _products(self, sequences: Sequence[SequenceState], depth: int) -> tuple[Tensor, Tensor]:
         """[B, depth, M]: what each head says at each sequence's newest state, before scaling; and [B, depth, D]."""

@@ -73,7 +73,7 @@ class MaskedDrafter(ChainDrafter):
     ) -> tuple[int, list[list[int]]]:
         """See Drafter."""
         self._seed_noise()
-        if self.layout == "two_pass" or (adaptive is not None and adaptive.plain):
+        if self.layout == "two_pass":
             return 0, [[] for _ in drafts]
         self._laid = self.masks
         if self.layout == "auto":
@@ -108,7 +108,7 @@ class MaskedDrafter(ChainDrafter):
         drafts = super()._begin(sequences, lengths, worth)
         if self.layout != "two_pass" or not any(lengths):
             return drafts
-        if worth is None or any([worth(self.name, b, draft) for b, draft in enumerate(drafts)]):
+        if worth is None or any(worth(self.name, drafts)):
             for draft, length, (token, probability, row_V) in zip(drafts, lengths, self._look(sequences), strict=True):
                 if length:
                     draft.add(token, -1, probability, self.name, row_V)
@@ -168,4 +168,8 @@ class MaskedDrafter(ChainDrafter):
 
 def _last_own(draft: Draft, name: str) -> int:
     """The deepest token that the module drafted, alone or with others; -1 where there is none."""
-    return max((i for i, source in enumerate(draft.sources) if name in source.split("+")), default=len(draft) - 1)
+    depth: list[int] = []
+    for parent in draft.parents:
+        depth.append(1 if parent < 0 else depth[parent] + 1)
+    own = [i for i, source in enumerate(draft.sources) if name in source.split("+")]
+    return max(own, key=lambda i: (depth[i], draft.confidence[i]), default=len(draft) - 1)

@@ -263,8 +263,8 @@ class HeadsDrafter(OwnDrafter):
     def _walk(
         self, drafts: list[Draft], products_BKM: Tensor, states_BKD: Tensor, begin_B: Tensor, asked: list[int]
     ) -> None:
-        """The tree of ranks given by the caller, or a chain of first guesses and beside each its likely others. Level by
-        level, since a bigram makes what a head says depend on the guess before.
+        """The tree of ranks given by the caller, or a chain of first guesses and beside each its likely others. Level
+        by level, since a bigram makes what a head says depend on the guess before.
         """
         depth, tree = products_BKM.shape[1], None if self.sample or self.guesses > 1 else self.tree
         if not tree:

@@ -222,6 +222,8 @@ def test_tied_embeddings(name):
 VARIANTS: dict[str, dict[str, Any]] = {
     "separate": {},
     "shared": {"shared_module": True},
+    "shared, layers": {"shared_module": True, "hidden_layers": [0, 1]},
+    "layers": {"hidden_layers": [1]},
     "chain_raw": {"chain_raw": True},
     "pre_norm": {"hidden_source": "pre_norm"},
     "hidden_embedding": {"fusion_order": "hidden_embedding"},

@@ -26,6 +26,7 @@ from foretell.methods.sequential import SequentialConfig
 from foretell.models.mtp_block import _gain
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.objective import count_labels
+from foretell.training.regenerate import regenerate
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
@@ -38,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masked": {"mask_tokens": "distinct", "lora_rank": 4, "lora_alpha": 4.0},  # more of it: test_masked.py
 }
 # one module for all depths has another attention than a module for each
-CASES = [*METHODS, "shared"]
+CASES = [*METHODS, "shared", "layers"]
 SUPERVISIONS = [
     ("labels", "ce"),
     ("teacher", "ce"),
@@ -57,6 +58,8 @@ Document = tuple[list[int], list[int]]  # ids, labels
 def settings(method: str, **changes: Any) -> MTPConfig:
     if method == "shared":
         return settings("sequential", shared_module=True, **changes)
+    if method == "layers":
+        return settings("sequential", **{"shared_module": True, "hidden_layers": [0, 1], **changes})
     return config_class(method)(**{**SETTINGS[method], **changes})
 
 
@@ -306,6 +309,12 @@ class Plain:
         with torch.no_grad() if detach else torch.enable_grad():
             before, after = self.target_states(ids)
         source = before if self.config.hidden_source == "pre_norm" else after
+        if getattr(self.config, "hidden_layers", None):  # transformers' own: number i after i layers, 0 the embedding
+            with torch.no_grad() if detach else torch.enable_grad():
+                found = self.decoder(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+            entry, states = self.mtp.module.entry, [found.hidden_states[i] for i in self.config.hidden_layers]
+            parts = [norm(state) for norm, state in zip(entry.norms, states, strict=True)]
+            source = F.linear(torch.cat(parts, dim=-1), entry.fc.weight)
         return list(self.states(ids, source, detach)), after.detach()
 
 
@@ -506,7 +515,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("method", "supervision", "kind"),
-    [*((m, *how) for m in METHODS for how in SUPERVISIONS), ("shared", "labels", "ce"), ("shared", "teacher", "kl")],
+    [*((m, *how) for m in METHODS for how in SUPERVISIONS), ("shared", "labels", "ce"), ("layers", "teacher", "kl")],
 )
 def test_losses_equal_plain_autograd_over_all_logits(method, supervision, kind, variant, mode):
     options = dict(VARIANTS[variant])
@@ -803,3 +812,26 @@ def test_a_sequential_module_starts_as_one_more_last_layer(architecture, source)
     assert 0.5 < float(read.pow(2).mean(-1).sqrt().median() / size) < 2.0
     assert 0.2 < float(block.eh_proj.weight[:, 32:].diagonal().abs().median()) < 5.0
     torch.testing.assert_close(*(float(_gain(norm, hidden[0, 0]).mean()) for norm in (block.enorm, block.hnorm)))
+
+
+@pytest.mark.parametrize("ids", [[2], [1, 0], [1, 1], [-1, 0], [0, 9], ["1"], [0.5]])
+def test_hidden_layers_that_are_none_are_refused(ids):
+    with pytest.raises(ValueError, match="hidden_layers: got .* wanted ascending numbers .* to 1 of this model"):
+        make("layers", hidden_layers=ids)
+
+
+def test_a_store_keeps_no_states_for_several_layers(tmp_path):
+    mtp = make("layers", depth=2)
+    rows = [{"input_ids": [3, 5, 7], "labels": [IGNORE_INDEX] * 3}]
+    store, _ = regenerate(mtp, rows, None, tmp_path / "store", max_new_tokens=4)
+    assert store.width is None and "hidden_states" not in store[0]
+    train_args = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    before = mtp.module.entry.fc.weight.clone()
+    MTPTrainer(mtp, MTPTrainingArguments(**train_args), store).train()
+    assert not torch.equal(mtp.module.entry.fc.weight, before)
+
+
+def test_an_entry_of_several_states_starts_as_the_last():
+    mtp = get_mtp_model(tiny_model(), SequentialConfig(depth=1, hidden_layers=[0, 1]))
+    states = torch.randn(2, 3, 64)
+    torch.testing.assert_close(mtp.module.entry(states), mtp.module.entry.norms[1](states[..., 32:]))

@@ -154,7 +154,7 @@ class Learning(nn.Module):
         with self.target.passing_by() as states:
             own = self.model(**given, use_cache=False)
         own.logits = own.logits.view(*shape, -1)
-        return own, TargetRows(states["post"].view(*shape, -1), states["pre"].view(*shape, -1))
+        return own, self.target.passed(states, shape)
 
     def _loss_is_plain(self) -> bool:
         """Whether the target's own loss is the cross-entropy of its head's products and nothing else: such a loss is

@@ -26,7 +26,7 @@ from foretell.methods.reading import columns_of, owners_of, text_length
 from foretell.models.attention import RowMasks
 from foretell.models.chain_rows import ChainRows
 from foretell.models.fast import fast_view
-from foretell.models.mtp_block import FusionOrder, MTPBlock
+from foretell.models.mtp_block import FusionOrder, MTPBlock, fresh_norm
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.tree import forest
@@ -50,6 +50,12 @@ class SequentialConfig(MTPConfig):
     chain_raw: bool = field(
         default=False, metadata={"help": "The next depth receives the block's output before the norm (EAGLE-1)."}
     )
+    hidden_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "States to start from instead of the last: each after so many layers (0: the embedding), ascending."
+        },
+    )
     initialisation: Literal["identity", "copy", "random"] = field(
         default="identity",
         metadata={"help": "Last layer copied and fusion passing the hidden state; random fusion; all random."},
@@ -67,6 +73,15 @@ class SequentialModule(MTPModule):
 
     def __init__(self, config: SequentialConfig, target: Target) -> None:
         super().__init__(config, target)
+        ids, n = tuple(config.hidden_layers or ()), len(target.layers)
+        if list(ids) != [i for i in range(n) if i in ids]:
+            raise ValueError(
+                f"hidden_layers: got {config.hidden_layers}, wanted ascending numbers of layers run, from 0 (the "
+                f"embedding) to {n - 1} of this model: a head that reads beyond is served nowhere else. Leave it out "
+                "for the last state."
+            )
+        self.entry = Entry(target, len(ids)) if ids else nn.Identity()
+        self.reads_states, target.hidden_layers = not ids, ids
         blocks = 1 if config.shared_module else config.depth
         self.blocks = nn.ModuleList(
             MTPBlock(
@@ -74,7 +89,7 @@ class SequentialModule(MTPModule):
                 config.fusion_order,
                 config.chain_raw,
                 config.initialisation,
-                config.hidden_source == "post_norm",
+                config.hidden_source == "post_norm" and not ids,
             )
             for _ in range(blocks)
         )
@@ -87,6 +102,13 @@ class SequentialModule(MTPModule):
     def block(self, depth: int) -> MTPBlock:
         """The block of a depth (1-based)."""
         return self.blocks[0 if self.config.shared_module else depth - 1]
+
+    def source(self, rows: TargetRows) -> Tensor:
+        """See MTPModule; of hidden_layers their states side by side [B, R, n D], which `entry` makes one of."""
+        if self.config.hidden_layers is None:
+            return super().source(rows)
+        assert rows.layers_BRX is not None, "the target's forward notes what its layers are given"
+        return rows.layers_BRX
 
     @property
     def one_cache(self) -> bool:
@@ -103,7 +125,7 @@ class SequentialModule(MTPModule):
             return
         for block in self.blocks:
             block.masks.begin_text(batch.document_BT)
-        hidden_BTD = source_BTD
+        hidden_BTD = self.entry(source_BTD)
         for k in range(1, self.config.depth + 1):
             embedding_BTD = self.embedded_ahead(target, batch, k, detach)
             block = self.block(k)
@@ -121,7 +143,7 @@ class SequentialModule(MTPModule):
         read = partial(self.embedded_ahead, target, batch, detach=detach, at_BO=owner_BO)
         for state_BOD in self._chains(target, batch, source_BTD, owner_BO, read, detach):
             at_BOD = owner_BO[..., None].expand_as(state_BOD)
-            yield state_BOD.new_zeros(source_BTD.shape).scatter(1, at_BOD, state_BOD)
+            yield state_BOD.new_zeros(*source_BTD.shape[:2], state_BOD.shape[2]).scatter(1, at_BOD, state_BOD)
 
     def _chains(
         self,
@@ -137,7 +159,7 @@ class SequentialModule(MTPModule):
         [B, O, D] of the tokens k ahead, asked for once depth k - 1 is known. drafted: they are the chain's own already
         at depth 1; else its rows of depth 1 are the text's.
         """
-        block, T = self.block(1), source_BTD.shape[1]
+        block, source_BTD, T = self.block(1), self.entry(source_BTD), source_BTD.shape[1]
         _, start_BT = columns_of(batch.document_BT)
         chosen_BT = torch.zeros_like(start_BT, dtype=torch.bool).scatter_(1, owner_BO, not drafted)
         others_BP, _ = owners_of(~chosen_BT, T if drafted else T - owner_BO.shape[1])
@@ -182,7 +204,7 @@ class SequentialModule(MTPModule):
                 states.append(state_BOD)
                 chain.append(self.guess(target, state_BOD, k, chain[-1]))
             return torch.stack(chain[:-1], dim=-1), states
-        B, T = batch.input_ids_BT.shape
+        (B, T), source_BTD = batch.input_ids_BT.shape, self.entry(source_BTD)
         parents_BT = forest(batch.document_BT)
         parents_BR = torch.cat([parents_BT, parents_BT.gather(1, owner_BO)], dim=1)
         positions_BR = torch.cat([batch.position_ids_BT, batch.position_ids_BT.gather(1, owner_BO)], dim=1)
@@ -204,6 +226,25 @@ class SequentialModule(MTPModule):
     def drafter(self, target: Target, dtype: str = "auto") -> SequentialDrafter:
         """A drafter over the module's current weights; dtype: see generate's draft_dtype."""
         return SequentialDrafter(self, target, dtype)
+
+
+class Entry(nn.Module):
+    """h^0 from several of the target's states, each with a norm of its own (EAGLE-3.1); at the start it is the last."""
+
+    def __init__(self, target: Target, states: int) -> None:
+        super().__init__()
+        D, like = target.hidden_size, target.head.weight
+        self.norms = nn.ModuleList(fresh_norm(target.norm) for _ in range(states))
+        self.fc = nn.Linear(states * D, D, bias=False, device=like.device, dtype=target.dtype)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.eye(D).repeat(1, states) * (torch.arange(states * D) >= (states - 1) * D))
+        self.requires_grad_(True)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., n D] -> [..., D]."""
+        parts = states.to(self.fc.weight.dtype).chunk(len(self.norms), dim=-1)
+        normed = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+        return self.fc(torch.cat(normed, dim=-1)).to(states.dtype)
 
 
 class SequentialDrafter(ChainDrafter):
@@ -254,7 +295,7 @@ class SequentialDrafter(ChainDrafter):
 
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
         """See Watcher."""
-        hidden_BRD = self.module.source(rows)
+        hidden_BRD = self._view.entry(self.module.source(rows))
         at, picked = [], []
         for b, (s, path) in enumerate(zip(sequences, kept, strict=True)):
             before, base = s.cached - len(path), self._base[s.slot]

@@ -31,7 +31,7 @@ class MTPBlock(nn.Module):
         super().__init__()
         D, like = target.hidden_size, target.head.weight
         self.order, self.chain_raw = order, chain_raw
-        self.enorm, self.hnorm = _fresh_norm(target.norm), _fresh_norm(target.norm)
+        self.enorm, self.hnorm = fresh_norm(target.norm), fresh_norm(target.norm)
         self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=target.dtype)
         block, self.layer_type = block_copy(target)
         self.block = block
@@ -132,7 +132,8 @@ def _has_gain(norm: nn.Module) -> bool:
     return getattr(norm, "weight", None) is not None
 
 
-def _fresh_norm(norm: nn.Module) -> nn.Module:
+def fresh_norm(norm: nn.Module) -> nn.Module:
+    """A copy of a norm that multiplies by one."""
     fresh = copy.deepcopy(norm)
     _set_gain(fresh, 1.0)
     return fresh

@@ -45,7 +45,25 @@ class TargetRows:
 
     post_norm_BRD: Tensor
     pre_norm_BRD: Tensor | None
+    layers_BRX: Tensor | None = None  # side by side, the states that `hidden_layers` asks for
     blocks: list[dict[int, int]] | None = None  # of each sequence: {row that carries masks: row of its first mask}
+
+
+def note_layers(layers: nn.ModuleList, ids: Sequence[int], now: Any) -> list[Any]:
+    """Let these layers note what they are given in now.layers; the hooks' handles."""
+
+    def noting(i: int) -> Any:
+        def note(_layer: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any]) -> None:
+            now.layers = {**(now.layers or {}), i: args[0] if args else given["hidden_states"]}
+
+        return note
+
+    return [layers[i].register_forward_pre_hook(noting(i), with_kwargs=True) for i in ids]
+
+
+def side_by_side(layers: dict[int, Tensor] | None) -> Tensor | None:
+    """[B, R, n D] of the states that were noted, in order."""
+    return torch.cat([layers[i] for i in sorted(layers)], dim=-1) if layers else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -60,6 +78,7 @@ class _Now(OfThread):
 
     view: nn.Module | None = None
     pre_norm: Tensor | None = None
+    layers: dict[int, Tensor] | None = None
     bare = False  # no adapters of mask rows
 
 
@@ -93,6 +112,7 @@ class RowReader:
         self._verdicts: dict[Any, Verdict] = {}  # by structure: what the copy's comparison with the model gave
         self._masks, self._now, self._lock = RowMasks(), _Now(), threading.RLock()
         self.static: StaticSteps | None = None  # decode steps as CUDA graphs, on a GPU
+        self.hidden_layers: tuple[int, ...] = ()  # layers run before a state is taken that a module reads
         self.mask_rows: MaskRows | None = None  # mask embeddings and gated adapters, of the masked method
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,6 +270,10 @@ class RowReader:
         name = norm_name(decoder)
         decoder.__dict__["_modules"][name] = _Noting(getattr(decoder, name), self._now)
         stand_in(tree, self._lengths)
+        new = [i for i in self.hidden_layers if "foretell_noted" not in decoder.layers[i].__dict__]  # some are reused
+        note_layers(decoder.layers, new, self._now)
+        for i in new:
+            decoder.layers[i].__dict__["foretell_noted"] = True
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -294,7 +318,8 @@ class RowReader:
                 valid_rows_B=valid_rows_B,
                 visible=visible,
             )
-            return TargetRows(rows.post_norm_BRD[:B], rows.pre_norm_BRD[:B])
+            layers_BRX = None if rows.layers_BRX is None else rows.layers_BRX[:B]
+            return TargetRows(rows.post_norm_BRD[:B], rows.pre_norm_BRD[:B], layers_BRX)
         masks = {"parents_BR": parents_BR, "valid_rows_B": valid_rows_B, "full": full, "start": start}
         read = input_ids_BR
         if steps_BR is not None:
@@ -330,7 +355,7 @@ class RowReader:
                 use_cache=True,
                 return_dict=True,
             )
-        return TargetRows(out.last_hidden_state, self._now.pre_norm)
+        return TargetRows(out.last_hidden_state, self._now.pre_norm, side_by_side(self._now.layers))
 
     def _can_be_recorded(self) -> bool:
         """Whether a step never waits for the device: no experts chosen in Python, no rotary table that grows, and

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from foretell.models.comb_attention import COMB, CombKeys, comb_attention
 from foretell.models.gated_lora import GatedAdapters
 from foretell.models.lean_layer import lean_layers
 from foretell.models.own_logits import own_logits
-from foretell.models.reader import RowReader, TargetRows
+from foretell.models.reader import RowReader, TargetRows, note_layers, side_by_side
 from foretell.models.refusals import UnsupportedModelError
 from foretell.models.rotary import LengthRotary, stand_in, turns_by_length
 from foretell.models.slot_cache import cache_name
@@ -186,8 +187,11 @@ class Target(RowReader):
         ids, positions = self.flat(input_ids_BT), self.flat(position_ids_BT)
         with self.passing_by() as states, self._turning(positions, None):
             self.decoder(input_ids=ids, position_ids=positions, use_cache=False)
-        post_BTD, pre_BTD = (states[name].view(*input_ids_BT.shape, -1) for name in ("post", "pre"))
-        return TargetRows(post_BTD, pre_BTD)
+        return self.passed(states, input_ids_BT.shape)
+
+    def passed(self, states: dict[str, Tensor], shape: Sequence[int]) -> TargetRows:
+        """What passed by in a forward over rows of this shape [B, T]."""
+        return TargetRows(*(states[n].view(*shape, -1) if n in states else None for n in ("post", "pre", "layers")))  # type: ignore[arg-type]
 
     def flat(self, rows_BT: Tensor) -> Tensor:
         """Rows in the shape in which the model's attention keeps documents apart by their positions alone: flash
@@ -201,13 +205,16 @@ class Target(RowReader):
         states: dict[str, Tensor] = {}
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            states.update(pre=args[0], post=output)
+            layers = side_by_side(now.layers)
+            states.update(pre=args[0], post=output, **({} if layers is None else {"layers": layers}))
 
-        handle = self.norm.register_forward_hook(keep)
+        now = SimpleNamespace(layers=None)
+        handles = [self.norm.register_forward_hook(keep), *note_layers(self.layers, self.hidden_layers, now)]
         try:
             yield states
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def attending(self, attention: str, hung_as: str, rule: Any) -> Iterator[None]:

@@ -71,7 +71,7 @@ def regenerate(
         tokenizer: of the target.
         folder: of the store.
         max_new_tokens: longest answer.
-        keep_hidden: keep the states that the module reads.
+        keep_hidden: keep the states that the module reads, where that is one a token.
         slots: answers that are decoded at once.
         seed: of answers that the generation config says to sample.
         skip_bad: leave out rows whose prompt cannot be encoded; they are counted and named in a warning.
@@ -96,6 +96,7 @@ def regenerate(
     }
     if own.get("do_sample"):
         fingerprint["seed"] = seed
+    keep_hidden &= not mtp.target.hidden_layers
     if keep_hidden:
         fingerprint["hidden_source"] = mtp.mtp_config.hidden_source
     about: dict[str, Any] = {
@@ -150,6 +151,7 @@ def read_given(
     """
     encoded, _ = encode_rows(rows, tokenizer, max_length, vocab_size=mtp.target.vocab_size, skip_bad=skip_bad)
     fingerprint: dict[str, Any] = {"target": mtp.target.fingerprint(), "given": True}
+    keep_hidden &= not mtp.target.hidden_layers
     if keep_hidden:
         fingerprint["hidden_source"] = mtp.mtp_config.hidden_source
     width, dtype = (mtp.target.hidden_size, mtp.target.dtype) if keep_hidden else (None, torch.float32)

@@ -178,7 +178,7 @@ class SFTModel(MTPModel):
             with self.target.passing_by() as states:
                 out = self.model(**inputs)
         batch = asked.pop("batch")
-        rows = TargetRows(states["post"], states["pre"])
+        rows = TargetRows(states["post"], states["pre"], states.get("layers"))
         if self.module.lays_masks:
             # masks that teach the target stand in its own forward
             joint = asked["mtp_training_mode"] == "joint"

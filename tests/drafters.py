@@ -50,12 +50,35 @@ def knowing_mtp(model: nn.Module, noise: float = 0.0, **settings: object) -> MTP
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         size = mtp.target.embed(torch.arange(mtp.target.vocab_size)).pow(2).mean().sqrt()
-        for block in mtp.module.blocks:
+        for block in mtp.module.blocks if settings.get("block") != "eagle3" else ():
             for norm in (block.enorm, block.hnorm):
                 _set_gain(norm, 1.0)  # the size stands in the fusion here
             block.eh_proj.weight.copy_(torch.randn(D, 2 * D, generator=generator) * noise * size / D**0.5)
             block.eh_proj.weight[:, at : at + D] += torch.eye(D) * size
+        if settings.get("block") == "eagle3":
+            _know_by_attention(mtp, noise, generator)
     return mtp
+
+
+def _know_by_attention(mtp: MTPModel, noise: float, generator: torch.Generator) -> None:
+    """Each row attends to itself and adds its embedding to its state, as far as the values are wide."""
+    D = mtp.target.hidden_size
+    if mtp.module.config.hidden_layers:
+        mtp.module.entry.fc.weight.div_(mtp.module.entry.fc.weight.max())
+    for block in mtp.module.blocks:
+        attention = block.block.self_attn.inner
+        q, k, v, o = (getattr(attention, f"{name}_proj").weight for name in "qkvo")
+        _set_gain(block.enorm, 1.0)
+        _set_gain(block.block.input_layernorm, 1.0)
+        heads = attention.num_key_value_groups
+        taken = torch.linalg.qr(torch.randn(D, len(v), generator=generator)).Q.T
+        seen = 3.0 * taken.view(-1, attention.head_dim, D)
+        k.copy_(torch.cat([seen.reshape(-1, D), torch.zeros(len(k), D)], dim=1))
+        q.copy_(torch.cat([seen.repeat_interleave(heads, 0).reshape(-1, D), torch.zeros(len(q), D)], dim=1))
+        v.copy_(torch.cat([2.0 * taken, torch.zeros_like(taken)], dim=1))
+        o.copy_(taken.view(-1, attention.head_dim, D).repeat_interleave(heads, 0).reshape(-1, D).T / heads)
+        for weight in (q, k, v):
+            weight.add_(torch.randn(weight.shape, generator=generator) * noise / D**0.5)
 
 
 class Scripted(Drafter):

@@ -39,7 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masked": {"mask_tokens": "distinct", "lora_rank": 4, "lora_alpha": 4.0},  # more of it: test_masked.py
 }
 # one module for all depths has another attention than a module for each
-CASES = [*METHODS, "shared", "layers"]
+CASES = [*METHODS, "shared", "layers", "eagle3"]
+OTHER_FORM = ("phi3", "olmo2", "gpt_neox", "deepseek_v3")  # layers that cannot be EAGLE-3's
+PAIRS = [(m, a) for m in CASES for a in ARCHITECTURES if m != "eagle3" or a not in OTHER_FORM]
 SUPERVISIONS = [
     ("labels", "ce"),
     ("teacher", "ce"),
@@ -60,6 +62,8 @@ def settings(method: str, **changes: Any) -> MTPConfig:
         return settings("sequential", shared_module=True, **changes)
     if method == "layers":
         return settings("sequential", **{"shared_module": True, "hidden_layers": [0, 1], **changes})
+    if method == "eagle3":
+        return settings("layers", block="eagle3", **changes)
     return config_class(method)(**{**SETTINGS[method], **changes})
 
 
@@ -148,8 +152,7 @@ def test_every_method_is_tested():
 # -- where gradients go ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize(("method", "architecture"), PAIRS)
 def test_a_training_step_on_every_architecture(method, architecture):
     mtp = make(method, architecture, depth=2).train()
     losses = backward(mtp, packed(ROWS))
@@ -323,10 +326,33 @@ class PlainSequential(Plain):
 
     def fused(self, block: nn.Module, embedding: Tensor, hidden: Tensor) -> Tensor:
         """What the block's layer reads."""
+        if self.config.block == "eagle3":
+            return torch.cat([block.enorm(embedding), hidden], dim=-1)
         halves = [block.enorm(embedding), block.hnorm(hidden)]
         if self.config.fusion_order == "hidden_embedding":
             halves.reverse()
         return F.linear(torch.cat(halves, dim=-1), block.eh_proj.weight)
+
+    def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Of EAGLE-3's kind each of the layer's projections says the sum of what two products say."""
+        if self.config.block == "mtp":
+            return super().run_block(block, hidden)
+        (embedding, hidden), attention, narrow, hooks = hidden.chunk(2, dim=-1), block.self_attn.inner, nn.Module(), []
+        for name, part in self.layer.self_attn.named_children():
+            if name in ("q_proj", "k_proj", "v_proj"):
+                own = getattr(attention, name).weight
+                said = embedding @ own[:, : embedding.shape[-1]].T
+                hooks.append(part.register_forward_hook(lambda _m, _args, out, said=said: out + said))
+        parameters = {n.replace("self_attn.inner.", "self_attn."): p for n, p in block.named_parameters()}
+        for name in parameters:
+            if name.startswith("self_attn.") and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                parameters[name] = parameters[name][:, embedding.shape[-1] :]
+        narrow.named_parameters, narrow.named_buffers = parameters.items, dict(block.named_buffers()).items
+        try:
+            return super().run_block(narrow, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def next_states(self, known: Tensor, embedding: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(what the head reads, what the next depth receives, all rows so far) of one more row [1, 1, D]."""
@@ -334,7 +360,7 @@ class PlainSequential(Plain):
         rows = torch.cat([known, self.fused(block, embedding, hidden)], dim=1)
         raw = self.run_block(block.block, rows)[:, -1:]
         state = block.norm(raw)
-        return state, raw if self.config.chain_raw else state, rows
+        return state, raw if self.config.chain_raw or self.config.block == "eagle3" else state, rows
 
     def ahead(self, ids: list[int], k: int, detach: bool) -> Tensor:
         """[1, T, D] embeddings of the tokens k ahead, zeros where there are none."""
@@ -630,8 +656,7 @@ def document_logits(mtp: MTPModel, ids: list[int]) -> Tensor:
     return mtp.draft_logits(torch.tensor([ids]))[0]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize(("method", "architecture"), PAIRS)
 def test_states_do_not_see_across_documents_on_any_architecture(method, architecture):
     # mixture layers may gather tokens of other documents into one matrix product, never into a number
     mtp = make(method, architecture, depth=2)
@@ -647,8 +672,7 @@ def test_states_do_not_see_across_documents_on_any_architecture(method, architec
             start += len(ids)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize(("method", "architecture"), PAIRS)
 def test_padding_is_seen_by_nobody(method, architecture):
     mtp = make(method, architecture, depth=2)
     texts = [ids for row in ROWS for ids, _ in row]
@@ -668,8 +692,7 @@ def test_padding_is_seen_by_nobody(method, architecture):
 # -- the recipe --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize(("method", "architecture"), PAIRS)
 def test_draft_logits_follow_the_recipe_on_every_architecture(method, architecture):
     mtp = make(method, architecture, depth=3)
     ids = ROWS[1][0][0]
@@ -835,3 +858,27 @@ def test_an_entry_of_several_states_starts_as_the_last():
     mtp = get_mtp_model(tiny_model(), SequentialConfig(depth=1, hidden_layers=[0, 1]))
     states = torch.randn(2, 3, 64)
     torch.testing.assert_close(mtp.module.entry(states), mtp.module.entry.norms[1](states[..., 32:]))
+
+
+@pytest.mark.parametrize("architecture", OTHER_FORM)
+def test_layers_of_another_form_are_refused(architecture):
+    with pytest.raises(ValueError, match="block: got 'eagle3' for .* wanted attention whose .* Use block='mtp'"):
+        make("eagle3", architecture)
+    with pytest.raises(ValueError, match="fusion_order: got 'hidden_embedding', wanted 'embedding_hidden' with block"):
+        make("eagle3", fusion_order="hidden_embedding")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_an_eagle3_block_starts_as_the_last_layer(architecture):
+    """On the state that layer wrote, whatever the embedding is; no longer once weights for the embedding are set."""
+    target = make("sequential", architecture).target
+    mtp = get_mtp_model(target.model, SequentialConfig(depth=1, hidden_source="pre_norm", block="eagle3"))
+    block, plain, inputs = mtp.module.block(1), Plain(mtp), packed([documents(9)], padding=0)
+    rows = target.forward_text(inputs["input_ids"], inputs["position_ids"])
+    read = next(mtp.module.depth_states(target, to_batch(inputs), rows.pre_norm_BRD, True))
+    with torch.no_grad():
+        wanted = target.norm(plain.run_block(target.layers[-1], rows.pre_norm_BRD))
+        assert off(read, wanted) < FP32
+        block.block.self_attn.inner.v_proj.weight[:, :32] += 0.1
+    changed = next(mtp.module.depth_states(target, to_batch(inputs), rows.pre_norm_BRD, True))
+    assert off(changed, wanted) > 0.01

@@ -26,7 +26,7 @@ from foretell.methods.reading import columns_of, owners_of, text_length
 from foretell.models.attention import RowMasks
 from foretell.models.chain_rows import ChainRows
 from foretell.models.fast import fast_view
-from foretell.models.mtp_block import FusionOrder, MTPBlock, fresh_norm
+from foretell.models.mtp_block import BlockKind, FusionOrder, MTPBlock, fresh_norm, residual_size
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.tree import forest
@@ -44,6 +44,13 @@ class SequentialConfig(MTPConfig):
     method: ClassVar[str] = "sequential"
     depth: int = field(default=3, metadata={"help": "K: how many tokens beyond the ordinary next one are predicted."})
     shared_module: bool = field(default=False, metadata={"help": "One module reused at every depth (FastMTP)."})
+    block: BlockKind = field(
+        default="mtp",
+        metadata={
+            "help": "mtp: one projection fuses state and embedding; eagle3: queries, keys and values read both, the "
+            "layer runs on the state, and the next depth receives its output before the norm."
+        },
+    )
     fusion_order: FusionOrder = field(
         default="embedding_hidden", metadata={"help": "Halves of the fusion's input; MiMo has them reversed."}
     )
@@ -60,6 +67,13 @@ class SequentialConfig(MTPConfig):
         default="identity",
         metadata={"help": "Last layer copied and fusion passing the hidden state; random fusion; all random."},
     )
+
+    def problems(self) -> list[str]:
+        """See MTPConfig."""
+        found = super().problems()
+        if self.block == "eagle3" and self.fusion_order != "embedding_hidden":
+            found.append(f"fusion_order: got {self.fusion_order!r}, wanted 'embedding_hidden' with block='eagle3'.")
+        return found
 
     def build(self, target: Target) -> SequentialModule:
         """The module for a target, initialised."""
@@ -80,7 +94,9 @@ class SequentialModule(MTPModule):
                 f"embedding) to {n - 1} of this model: a head that reads beyond is served nowhere else. Leave it out "
                 "for the last state."
             )
-        self.entry = Entry(target, len(ids)) if ids else nn.Identity()
+        # nothing behind it scales what an eagle3 block runs on
+        size = residual_size(target) if config.block == "eagle3" and ids else 1.0
+        self.entry = Entry(target, len(ids), size) if ids else nn.Identity()
         self.reads_states, target.hidden_layers = not ids, ids
         blocks = 1 if config.shared_module else config.depth
         self.blocks = nn.ModuleList(
@@ -90,6 +106,7 @@ class SequentialModule(MTPModule):
                 config.chain_raw,
                 config.initialisation,
                 config.hidden_source == "post_norm" and not ids,
+                config.block,
             )
             for _ in range(blocks)
         )
@@ -229,15 +246,15 @@ class SequentialModule(MTPModule):
 
 
 class Entry(nn.Module):
-    """h^0 from several of the target's states, each with a norm of its own (EAGLE-3.1); at the start it is the last."""
+    """h^0 from several of the target's states, each with a norm of its own (EAGLE-3.1); at the start the last."""
 
-    def __init__(self, target: Target, states: int) -> None:
+    def __init__(self, target: Target, states: int, size: float = 1.0) -> None:
         super().__init__()
         D, like = target.hidden_size, target.head.weight
         self.norms = nn.ModuleList(fresh_norm(target.norm) for _ in range(states))
         self.fc = nn.Linear(states * D, D, bias=False, device=like.device, dtype=target.dtype)
         with torch.no_grad():
-            self.fc.weight.copy_(torch.eye(D).repeat(1, states) * (torch.arange(states * D) >= (states - 1) * D))
+            self.fc.weight.copy_(size * torch.eye(D).repeat(1, states) * (torch.arange(states * D) >= (states - 1) * D))
         self.requires_grad_(True)
 
     def forward(self, states: Tensor) -> Tensor:

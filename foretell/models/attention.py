@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -231,3 +232,22 @@ def foretell_attention(
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, foretell_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, model_mask)
+
+
+class WideAttention(nn.Module):
+    """A layer's attention whose queries, keys and values read [embedding | what the layer hands it] (EAGLE-3)."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.inner = attention
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(attention, name)
+            wide = nn.Linear(2 * narrow.in_features, narrow.out_features, narrow.bias is not None, device="meta")
+            with torch.no_grad():
+                wide.weight = nn.Parameter(torch.cat([torch.zeros_like(narrow.weight), narrow.weight], dim=1))
+            wide.bias = narrow.bias
+            setattr(attention, name, wide)
+
+    def forward(self, hidden_states: Tensor, *args: Any, embedding_BRD: Tensor, **kwargs: Any) -> Any:
+        """As the layer calls its attention."""
+        return self.inner(torch.cat([embedding_BRD, hidden_states], dim=-1), *args, **kwargs)

@@ -8,9 +8,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from foretell.models.attention import NAME, RowMasks
+from foretell.models.attention import NAME, RowMasks, WideAttention
 from foretell.models.refusals import UnsupportedModelError
 from foretell.models.target import Target, linear_of, matrix_of
 
@@ -61,8 +61,27 @@ def _copied(layer: nn.Module, target: Target) -> nn.Module:
     return block
 
 
+def widen(target: Target, block: nn.Module, layer_type: str | None) -> None:
+    """Let a layer's queries, keys and values read an embedding too; at the start it says what it said without."""
+    try:
+        plain_BTD = _run_alone(target, block, layer_type)
+        missing = [name for name in ("input_layernorm", "self_attn") if name not in block._modules]
+        if missing or any(type(getattr(block.self_attn, f"{name}_proj", None)) is not nn.Linear for name in "qkv"):
+            raise ValueError("no linears q_proj, k_proj and v_proj in a self_attn behind an input_layernorm")
+        block.self_attn = WideAttention(block.self_attn)
+        wide_BTD = _run_alone(target, block, layer_type, embedding_BRD=torch.ones_like(plain_BTD))
+        if not torch.allclose(wide_BTD, plain_BTD, rtol=1e-2, atol=1e-2 * float(plain_BTD.abs().max())):
+            raise ValueError("something else reads what they read")
+    except Exception as problem:  # as above
+        raise UnsupportedModelError(
+            f"block: got 'eagle3' for {type(target.model).__name__} ({target.config.model_type}), whose layer is of "
+            f"another form ({str(problem)[:200]}); wanted attention whose queries, keys and values are linears of one "
+            "normed state. Use block='mtp'."
+        ) from problem
+
+
 @torch.no_grad()
-def _run_alone(target: Target, block: nn.Module, layer_type: str | None) -> None:
+def _run_alone(target: Target, block: nn.Module, layer_type: str | None, **beside: Tensor) -> Tensor:
     """Two tokens through a layer, as a module runs its block."""
     position_ids_BT = torch.arange(2, device=target.device)[None]
     masks = RowMasks()
@@ -71,8 +90,14 @@ def _run_alone(target: Target, block: nn.Module, layer_type: str | None) -> None
     hidden_BTD = target.embed(position_ids_BT)
     places = target.position_embeddings(hidden_BTD, position_ids_BT, layer_type)
     out = block(
-        hidden_BTD, attention_mask=None, position_ids=position_ids_BT, position_embeddings=places, use_cache=False
+        hidden_BTD,
+        attention_mask=None,
+        position_ids=position_ids_BT,
+        position_embeddings=places,
+        use_cache=False,
+        **beside,
     )
     out = out[0] if isinstance(out, tuple) else out
     if out.shape != hidden_BTD.shape:
         raise ValueError(f"states {tuple(hidden_BTD.shape)} come out as {tuple(out.shape)}")
+    return out

@@ -11,29 +11,41 @@ import torch
 from torch import Tensor, nn
 
 from foretell.models.attention import RowMasks
-from foretell.models.block_copy import block_copy
+from foretell.models.block_copy import block_copy, widen
 from foretell.models.chain_rows import ChainRows
 from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
 FusionOrder = Literal["embedding_hidden", "hidden_embedding"]
+BlockKind = Literal["mtp", "eagle3"]
 
 
 class MTPBlock(nn.Module):
     """h^k = norm(Block(W [enorm(E(t_{i+k})) | hnorm(h^{k-1}_i)])), the block being the target's own layer class.
 
-    forward returns (what the head reads, what the next depth receives).
+    Of the kind "eagle3" nothing is fused: the block runs on h, and its queries, keys and values read [enorm(E) | the
+    layer's own norm of h]. forward returns (what the head reads, what the next depth receives).
     """
 
     def __init__(
-        self, target: Target, order: FusionOrder, chain_raw: bool, initialisation: str, post_norm: bool = True
+        self,
+        target: Target,
+        order: FusionOrder,
+        chain_raw: bool,
+        initialisation: str,
+        post_norm: bool = True,
+        kind: BlockKind = "mtp",
     ) -> None:
         super().__init__()
         D, like = target.hidden_size, target.head.weight
-        self.order, self.chain_raw = order, chain_raw
-        self.enorm, self.hnorm = fresh_norm(target.norm), fresh_norm(target.norm)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=target.dtype)
+        self.order, self.chain_raw, self.kind = order, chain_raw or kind == "eagle3", kind
+        self.enorm = fresh_norm(target.norm)
+        if kind == "mtp":
+            self.hnorm = fresh_norm(target.norm)
+            self.eh_proj = nn.Linear(2 * D, D, bias=False, device=like.device, dtype=target.dtype)
         block, self.layer_type = block_copy(target)
+        if kind == "eagle3":
+            widen(target, block, self.layer_type)
         self.block = block
         self.norm = copy.deepcopy(target.norm)
         self.masks = RowMasks()
@@ -47,8 +59,12 @@ class MTPBlock(nn.Module):
         D = target.hidden_size
         hidden_half = slice(0, D) if self.order == "hidden_embedding" else slice(D, 2 * D)
         std = getattr(target.config, "initializer_range", 0.02) or 0.02
-        self.eh_proj.weight.normal_(std=std)
-        if how == "identity":
+        if self.kind == "mtp":
+            self.eh_proj.weight.normal_(std=std)
+        elif how == "copy":
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.block.self_attn.inner.get_submodule(name).weight[:, :D].normal_(std=std)
+        if how == "identity" and self.kind == "mtp":
             # the block is a copy of the target's last layer, so it must read what that layer reads: the direction of
             # the state before the final norm (its gain undone), at the residual stream's size. The size stands in the
             # norms' gains, the embedding's too: a step of the optimizer then moves both halves of the fusion alike
@@ -59,7 +75,7 @@ class MTPBlock(nn.Module):
                 gain_D = _gain(target.norm, like=self.eh_proj.weight[0, :D]).float()
                 scale_D = gain_D.abs().median() / torch.where(gain_D.abs() < 0.05, torch.inf, gain_D)
             self.eh_proj.weight[:, hidden_half] = torch.diag(scale_D).to(self.eh_proj.weight.dtype)
-            size = self._residual_size(target)
+            size = residual_size(target)
             _set_gain(self.hnorm, size)
             _set_gain(self.enorm, size)
             if not _has_gain(self.hnorm):  # OLMo, nanochat
@@ -73,13 +89,6 @@ class MTPBlock(nn.Module):
                         parameter.zero_()
             _set_gain(self.norm, 1.0)
 
-    def _residual_size(self, target: Target) -> float:
-        """Typical root mean square of what the last layer reads, over a few arbitrary tokens."""
-        count = min(32, target.vocab_size)
-        ids = torch.linspace(0, target.vocab_size - 1, count, device=target.device).long()[None]
-        states = target.forward_text(ids, torch.arange(count, device=target.device)[None]).pre_norm_BRD
-        return float(states.float().pow(2).mean(-1).sqrt().median())
-
     def forward(
         self,
         embedding_BTD: Tensor,
@@ -90,22 +99,37 @@ class MTPBlock(nn.Module):
         rows: ChainRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All [B, T, D]; what a row sees stands in `rows`, or in the RowMasks that hang on the block."""
-        dtype = self.eh_proj.weight.dtype  # fp32 master weights may stand beside a bf16 target
-        embedding, hidden = self.enorm(embedding_BTD.to(dtype)), self.hnorm(hidden_BTD.to(dtype))
+        first = self.eh_proj if self.kind == "mtp" else self.block.self_attn.inner.q_proj
+        dtype = first.weight.dtype  # fp32 master weights may stand beside a bf16 target
+        read, hidden, beside = self.enorm(embedding_BTD.to(dtype)), hidden_BTD.to(dtype), {}
+        if self.kind == "eagle3":
+            read, beside = hidden, {"embedding_BRD": read}
+        else:
+            halves = (read, self.hnorm(hidden))
+            read = self.eh_proj(torch.cat(halves[::-1] if self.order == "hidden_embedding" else halves, dim=-1))
         if isinstance(position_embeddings, tuple):  # cos and sin, in the target's type
             position_embeddings = tuple(one.to(dtype) for one in position_embeddings)
-        halves = (hidden, embedding) if self.order == "hidden_embedding" else (embedding, hidden)
         raw = self.block(
-            self.eh_proj(torch.cat(halves, dim=-1)),
+            read,
             attention_mask=rows,
             position_ids=position_ids_BT,
             position_embeddings=position_embeddings,
             use_cache=cache is not None,
             **{cache_name(self.block.forward): cache},
+            **beside,
         )
         raw = raw[0] if isinstance(raw, tuple) else raw
         normed = self.norm(raw).to(hidden_BTD.dtype)
         return normed, (raw.to(hidden_BTD.dtype) if self.chain_raw else normed)
+
+
+@torch.no_grad()
+def residual_size(target: Target) -> float:
+    """Typical root mean square of what the last layer reads, over a few arbitrary tokens."""
+    count = min(32, target.vocab_size)
+    ids = torch.linspace(0, target.vocab_size - 1, count, device=target.device).long()[None]
+    states = target.forward_text(ids, torch.arange(count, device=target.device)[None]).pre_norm_BRD
+    return float(states.float().pow(2).mean(-1).sqrt().median())
 
 
 @torch.no_grad()

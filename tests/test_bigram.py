@@ -108,7 +108,7 @@ def test_drawn_drafts_carry_what_they_were_drawn_of(kind, monkeypatch):
             assert float((blind_V - wanted_V).abs().max()) > 1e-3, "the token before matters"
             torch.testing.assert_close(draft.probs[i], wanted_V, rtol=1e-3, atol=1e-5)
             checked += 1
-    assert checked > 12
+    assert checked > 3
 
 
 def test_a_tree_reads_the_bigram_below_each_of_its_guesses(monkeypatch):

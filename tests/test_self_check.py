@@ -202,6 +202,7 @@ def test_structures_are_judged_once():
 
 def test_a_model_that_a_trainer_left_in_mixed_precision_is_refused_by_its_cause_and_decodes_when_taken_out():
     """Trainers of transformers and TRL leave accelerate's forward on a model, in which its own generate runs too."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
     model = tiny_model()
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare_model(model.train()).eval()

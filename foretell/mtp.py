@@ -41,7 +41,7 @@ class MTPModel(Learning):
     def __init__(self, model: nn.Module, config: MTPConfig) -> None:
         super().__init__()
         self.model = model
-        self.target = Target(model)
+        self.target = _target_of(model)
         self.module = config.build(self.target)
         self.mtp_config: MTPConfig = self.module.config  # with a size where "auto" was asked for
         self.notes: dict[str, Any] = {}  # what trained it; saved with it
@@ -110,7 +110,7 @@ class MTPModel(Learning):
 
     @classmethod
     def _fitting(cls, model: nn.Module, about: dict[str, Any], folder: str | Path) -> MTPModel:
-        check_target(about, Target(model), folder)
+        check_target(about, _target_of(model), folder)
         return cls(model, MTPConfig.from_any(about["config"]))
 
     @classmethod
@@ -119,7 +119,7 @@ class MTPModel(Learning):
         foretell/native.py."""
         from foretell.native import read_native
 
-        config, fill = read_native(Target(model), folder)
+        config, fill = read_native(_target_of(model), folder)
         mtp = cls(model, config)
         fill(mtp.module)
         return mtp
@@ -258,6 +258,12 @@ class MTPModel(Learning):
         if how.get("mtp_training_mode") == "joint" and str(how.get("mtp_supervision")).startswith("student_forced"):
             return "the trained student at k = 1, not the model it was trained from"
         return self.module.reference
+
+
+def _target_of(model: nn.Module) -> Target:
+    if isinstance(model, MTPModel):
+        raise ValueError("model: got an MTPModel, which has its module; wanted the target alone: give its .model.")
+    return Target(model)
 
 
 def custom_generate(mtp: MTPModel, **settings: Any) -> Callable[..., Tensor | MTPGenerateOutput]:

@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 import foretell
 from foretell import HeadsConfig, MTPModel, cartesian_tree, get_mtp_model
+from foretell.trl import SFTConfig, SFTTrainer
 
 SHIPPED = sorted(path.parent for path in (Path(foretell.__file__).parent / "modules").glob("*/mtp_config.json"))
 
@@ -61,3 +62,17 @@ def test_a_shipped_module_on_another_target(folder, name):
     assert foretell.shipped(model) is None
     with pytest.raises(ValueError, match=r"does not fit this model: .*hidden_size: module was trained for 576, .* 32"):
         MTPModel.from_pretrained(model, folder)
+
+
+def test_a_module_on_a_model_that_has_one(tmp_path):
+    target = tiny_model()
+    mtp = get_mtp_model(target, HeadsConfig(depth=2))
+    mtp.save_pretrained(tmp_path)
+    for make in (
+        lambda: get_mtp_model(mtp, HeadsConfig(depth=2)),
+        lambda: MTPModel.from_pretrained(mtp, tmp_path),
+        lambda: SFTTrainer(mtp, SFTConfig(mtp_enabled=True, output_dir=str(tmp_path), use_cpu=True, bf16=False)),
+    ):
+        with pytest.raises(ValueError, match=r"model: got an MTPModel.*\.model"):
+            make()
+    assert isinstance(get_mtp_model(mtp.model, HeadsConfig(depth=2)), MTPModel)

@@ -33,7 +33,7 @@ from foretell.models.fast import FusedLayer
 from foretell.models.gated_lora import GatedLinear
 from foretell.models.slot_cache import SlotCache
 from foretell.mtp import MTPModel, get_mtp_model
-from foretell.ops.tree import lay_masks
+from foretell.ops.tree import depths, lay_masks
 from foretell.types import Draft, SequenceState
 
 K = 3
@@ -713,7 +713,7 @@ def test_a_mask_stands_as_far_behind_its_token_as_it_looks_ahead(monkeypatch):
 
     def spy(self, ids_BR, lengths_B, cache, **given):
         nonlocal ragged, blocks
-        if given.get("steps_BR") is not None:
+        if given.get("steps_BR") is not None and given.get("parents_BR") is not None:  # else the self-check's
             depth_BR = depths(given["parents_BR"])
             if given.get("position_ids_BR") is not None:
                 depth_BR = given["position_ids_BR"] - lengths_B[:, None]

@@ -600,9 +600,9 @@ def test_costs_alone_decide_where_all_is_committed():
     for batch in (1, 3):
         for _ in range(30):
             one.begin_round([9] * batch)
-            one.learn_span(3, [0] * batch, batch, 4 * batch, 0, 0.0, 0.0)
+            one.learn_span(3, [0] * batch, batch, 4 * batch, 1, 0.0, curve(4 * batch))
         for K_ in range(6):
-            assert one.rate(K_) == pytest.approx(batch * (1 + K_) / curve(batch * (1 + 2 * K_)))
+            assert one.rate(K_) == pytest.approx(batch * (1 + K_) / curve(batch * (1 + 2 * K_)), rel=1e-4)
 
 
 def test_chances_are_shares():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foretell.models.attention import RowMasks
 from foretell.models.block_copy import block_copy, widen
 from foretell.models.chain_rows import ChainRows
+from foretell.models.refusals import UnsupportedModelError
 from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
@@ -109,15 +110,23 @@ class MTPBlock(nn.Module):
             read = self.eh_proj(torch.cat(halves[::-1] if self.order == "hidden_embedding" else halves, dim=-1))
         if isinstance(position_embeddings, tuple):  # cos and sin, in the target's type
             position_embeddings = tuple(one.to(dtype) for one in position_embeddings)
-        raw = self.block(
-            read,
-            attention_mask=rows,
-            position_ids=position_ids_BT,
-            position_embeddings=position_embeddings,
-            use_cache=cache is not None,
-            **{cache_name(self.block.forward): cache},
-            **beside,
-        )
+        try:
+            raw = self.block(
+                read,
+                attention_mask=rows,
+                position_ids=position_ids_BT,
+                position_embeddings=position_embeddings,
+                use_cache=cache is not None,
+                **{cache_name(self.block.forward): cache},
+                **beside,
+            )
+        except AttributeError as error:
+            if rows is None or "ChainRows" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"{type(self.block).__name__}: got a layer that looks into its attention mask, which no module with "
+                "one cache can learn on; use SequentialConfig(shared_module=False, depth=2) or parallel heads."
+            ) from error
         raw = raw[0] if isinstance(raw, tuple) else raw
         normed = self.norm(raw).to(hidden_BTD.dtype)
         return normed, (raw.to(hidden_BTD.dtype) if self.chain_raw else normed)

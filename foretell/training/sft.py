@@ -214,6 +214,8 @@ class SFTTrainer(MTPTraining, trl.SFTTrainer):
     def _refuse(args: SFTConfig, given: dict[str, Any]) -> None:
         """What can be said before anything is loaded."""
         found = []
+        if isinstance(given["model"], MTPModel):
+            found.append("model: got an MTPModel, wanted its .model: mtp_enabled makes the module that it trains")
         if (given.get("optimizers") or (None, None))[0] is not None:
             found.append("optimizers: got one, which cannot hold the module's parameters: they do not exist yet")
         adapted = given.get("peft_config") is not None or hasattr(given["model"], "disable_adapter")

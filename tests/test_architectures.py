@@ -90,7 +90,7 @@ def judge(model: nn.Module, config: MTPConfig) -> str:
     try:
         assert mtp(input_ids=ids, labels=ids)["mtp"][0].total.isfinite(), "what decodes trains as well"
     except ValueError as refusal:  # Doge's layers make their mask of the one they are given
-        assert type(model).__name__ == "DogeForCausalLM" and "attention mask" in str(refusal), refusal
+        assert "attention mask" in str(refusal) and "Doge" in str(refusal), refusal
     return "equal"
 
 

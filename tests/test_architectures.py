@@ -87,10 +87,6 @@ def judge(model: nn.Module, config: MTPConfig) -> str:
         assert out.tolist() == wanted.tolist()
     logits_agree(mtp)
     ids = inputs["input_ids"][2:]
-    if type(model).__name__ == "DogeForCausalLM":  # its layers make their mask of the one that they are given
-        with pytest.raises(ValueError, match="Doge.*attention mask"):
-            mtp(input_ids=ids, labels=ids)
-        return "equal"
     assert mtp(input_ids=ids, labels=ids)["mtp"][0].total.isfinite(), "what decodes trains as well"
     return "equal"
 

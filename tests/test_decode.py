@@ -99,10 +99,11 @@ def check_stats(stats: GenerationStats, new_tokens: list[int], drafter: str, n: 
             assert n == "auto" or v.depth <= n
     drafted, accepted = sum(map(sum, stats.drafted)), sum(map(sum, stats.accepted))
     assert drafter != "wrong" or accepted == 0
-    # the gate of all these tests: something was accepted, and something refused; "auto" may find that nothing pays
-    if n != "auto":
+    # the gate of all these tests: something was accepted, and something refused; "auto" may find that nothing pays of
+    # what a tiny module or a repetition says, but not of what is right
+    if n != "auto" or "oracle" in drafter:
         assert (drafted > 0) == (n != 0) and (accepted > 0) == (n != 0 and drafter != "wrong")
-        assert accepted < drafted or n == 0
+        assert accepted < drafted or n in (0, "auto")
 
 
 # -- losslessness ------------------------------------------------------------------------------------------------------

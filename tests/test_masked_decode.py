@@ -713,11 +713,14 @@ def test_a_mask_stands_as_far_behind_its_token_as_it_looks_ahead(monkeypatch):
 
     def spy(self, ids_BR, lengths_B, cache, **given):
         nonlocal ragged, blocks
-        if given.get("steps_BR") is not None and given.get("parents_BR") is not None:  # else the self-check's
-            depth_BR = depths(given["parents_BR"])
+        if given.get("steps_BR") is not None:
+            parents_BR = given.get("parents_BR")
+            if parents_BR is None:  # a chain: the self-check's
+                parents_BR = (torch.arange(ids_BR.shape[1]) - 1).expand_as(ids_BR)
+            depth_BR = depths(parents_BR)
             if given.get("position_ids_BR") is not None:
                 depth_BR = given["position_ids_BR"] - lengths_B[:, None]
-            for ids, step, parent, depth in zip(ids_BR, given["steps_BR"], given["parents_BR"], depth_BR):
+            for ids, step, parent, depth in zip(ids_BR, given["steps_BR"], parents_BR, depth_BR):
                 for i in (step > 0).nonzero()[:, 0].tolist():
                     token = i
                     while step[token]:

@@ -110,11 +110,13 @@ class SequentialModule(MTPModule):
             )
             for _ in range(blocks)
         )
+        # whether all depths share their keys and values
+        self.one_cache = (config.shared_module or config.depth == 1) and self.blocks[0].takes_rows(target)
 
     @property
     def longest_draft(self) -> int:
         """See MTPModule: one block for all depths can be reused further."""
-        return LONGEST_SHARED if self.config.shared_module else self.config.depth
+        return LONGEST_SHARED if self.config.shared_module and self.one_cache else self.config.depth
 
     def block(self, depth: int) -> MTPBlock:
         """The block of a depth (1-based)."""
@@ -126,11 +128,6 @@ class SequentialModule(MTPModule):
             return super().source(rows)
         assert rows.layers_BRX is not None, "the target's forward notes what its layers are given"
         return rows.layers_BRX
-
-    @property
-    def one_cache(self) -> bool:
-        """Whether all depths share their keys and values."""
-        return self.config.shared_module or self.config.depth == 1
 
     def depth_states(self, target: Target, batch: Batch, source_BTD: Tensor, detach: bool) -> Iterator[Tensor]:
         """h^k for k = 1..K: [B, T, D] each, what the output head reads. detach keeps gradient from the

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import combinations, product
@@ -39,7 +40,7 @@ _lock = threading.RLock()
 _known: dict[Path, dict[str, dict[str, Any]]] = {}  # what this process goes by
 
 
-class Measured(nn.Module):
+class Measured(nn.Module, ABC):
     """A product that several kernels can compute. Plain until `settle`.
 
     kernels: beside PyTorch's own way, `PLAIN`. Each may need something of its own, made by `prepare`. most: of them
@@ -64,17 +65,17 @@ class Measured(nn.Module):
         """The kernel for each of ROWS."""
         return [self.kernel(rows) for rows in ROWS]
 
+    @abstractmethod
     def part(self, share: float) -> Measured:
         """Another of the same kind to measure, plain yet, of that share of the weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, kernel: str) -> Tensor:
         """What a kernel needs of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, kernel: str, x: Tensor) -> Tensor:
         """[..., width] -> [..., out]."""
-        raise NotImplementedError
 
     def near(self, kernel: str) -> float:
         """How far a kernel's numbers may be from the plain ones, as a share."""

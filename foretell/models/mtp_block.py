@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from foretell.models.attention import RowMasks
 from foretell.models.block_copy import block_copy, widen
 from foretell.models.chain_rows import ChainRows
-from foretell.models.refusals import UnsupportedModelError
 from foretell.models.slot_cache import SlotCache, cache_name
 from foretell.models.target import Target
 
@@ -110,26 +109,30 @@ class MTPBlock(nn.Module):
             read = self.eh_proj(torch.cat(halves[::-1] if self.order == "hidden_embedding" else halves, dim=-1))
         if isinstance(position_embeddings, tuple):  # cos and sin, in the target's type
             position_embeddings = tuple(one.to(dtype) for one in position_embeddings)
-        try:
-            raw = self.block(
-                read,
-                attention_mask=rows,
-                position_ids=position_ids_BT,
-                position_embeddings=position_embeddings,
-                use_cache=cache is not None,
-                **{cache_name(self.block.forward): cache},
-                **beside,
-            )
-        except AttributeError as error:
-            if rows is None or "ChainRows" not in str(error):
-                raise
-            raise UnsupportedModelError(
-                f"{type(self.block).__name__}: got a layer that looks into its attention mask, which no module with "
-                "one cache can learn on; use SequentialConfig(shared_module=False, depth=2) or parallel heads."
-            ) from error
+        raw = self.block(
+            read,
+            attention_mask=rows,
+            position_ids=position_ids_BT,
+            position_embeddings=position_embeddings,
+            use_cache=cache is not None,
+            **{cache_name(self.block.forward): cache},
+            **beside,
+        )
         raw = raw[0] if isinstance(raw, tuple) else raw
         normed = self.norm(raw).to(hidden_BTD.dtype)
         return normed, (raw.to(hidden_BTD.dtype) if self.chain_raw else normed)
+
+    @torch.no_grad()
+    def takes_rows(self, target: Target) -> bool:
+        """Whether its layer leaves the mask to our attention function: then ChainRows can stand in its place."""
+        position_ids_BT = torch.arange(2, device=target.device)[None]
+        states_BTD = target.embed(position_ids_BT)
+        places = target.position_embeddings(states_BTD, position_ids_BT, self.layer_type)
+        try:
+            self(states_BTD, states_BTD, places, position_ids_BT, rows=ChainRows())
+        except (AttributeError, TypeError):  # Doge makes a mask of its own from the one that it is given
+            return False
+        return True
 
 
 @torch.no_grad()

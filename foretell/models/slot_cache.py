@@ -241,5 +241,5 @@ class SlotCache(SlotStorage, Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of no use to transformers here, since a step brings its positions and masks; others cannot be told one."""
         if not sys._getframe(1).f_globals.get("__name__", "").startswith("transformers."):
-            raise NotImplementedError("a hook or module asks the cache for one length of all rows: read position_ids")
+            raise RuntimeError("a hook or module asks the cache for one length of all rows: read position_ids")
         return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from foretell.training.objective import choose_labels, coefficients, count_label
 from foretell.training.tau import decoded_tau
 
 
-class MTPTraining(Trainer):
+class MTPTraining(Trainer, ABC):
     """Between a trainer of transformers and a subclass that says how its losses are come by (`_losses`)."""
 
     mtp: MTPModel | None = None  # None: nothing here does anything
@@ -192,13 +193,13 @@ class MTPTraining(Trainer):
         args: Any = self.args
         return self.mtp.module.anchored(args.mtp_supervision, args.mtp_training_mode == "joint")
 
+    @abstractmethod
     def _losses(
         self, model: nn.Module, inputs: dict[str, Any], counts_K1: Tensor, num_items: Any, outputs: bool, ranks: int
     ) -> dict[str, Any]:
         """What MTPModel.forward returns, by whatever way the trainer comes to its next-token loss; `outputs` of the
         user's model where they are asked for. ranks: what a loss is multiplied by that is divided by counts of all.
         """
-        raise NotImplementedError
 
     def _forward_arguments(self, counts_K1: Tensor) -> dict[str, Any]:
         """Of MTPModel.forward, in this step."""

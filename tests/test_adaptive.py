@@ -201,6 +201,16 @@ def test_the_slowest_of_a_batch_decides():
     assert sum(both.accepted[0]) > 100 and sum(both.accepted[1]) > 100
 
 
+def test_the_half_that_gains_least_counts():
+    """Of those that may end last, by how likely they are: the mean gain of the worst half of that chance."""
+    one = AdaptiveLength(MILD, 8)
+    one._last, one._shares = [0.5, 0.25, 0.125, 0.125], (0.0, 1.0)
+    assert one._value([3.0, 1.0, 2.0, 5.0]) == pytest.approx((0.25 * 1 + 0.125 * 2 + 0.125 * 3) / 0.5)
+    assert one._value([3.0, 1.0, 2.0, 5.0], 1.0) == pytest.approx(0.5 * 3 + 0.25 * 1 + 0.125 * 2 + 0.125 * 5)
+    one._shares = (1.0, 0.0)
+    assert one._value([3.0, 1.0, 2.0, 5.0]) == 11.0
+
+
 def test_trees_are_lossless_and_pruned():
     stats, drafter = decode(lambda wanted: Branching(wanted, (3, 0, 1)), STEEP)
     assert sum(stats.accepted[0]) > 0 and sum(stats.drafted[0]) < drafter.proposed

@@ -10,7 +10,11 @@ by its number of drafts; bookkeeping is what remains of a round beside the targe
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -38,12 +42,21 @@ class DraftCostSettings:
     output: str = field(default="results/draft_cost.json", metadata={"help": "Where the numbers go."})
 
 
+def readable(module_path: str, known: set[str], folder: Path) -> Path:
+    """The module for a build that knows fewer settings: without those that it does not know, all at their defaults."""
+    about = json.loads((Path(module_path) / "mtp_config.json").read_text())
+    about["config"] = {name: value for name, value in about["config"].items() if name in known | {"method"}}
+    (folder / "mtp_config.json").write_text(json.dumps(about))
+    shutil.copy(Path(module_path) / "mtp_model.safetensors", folder)
+    return folder
+
+
 def worker(model_path: str, module_path: str, threads: int) -> dict[str, Callable[..., Any]]:
     """The foretell that this process imports, with a clock at its seams."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from foretell import MTPModel
+    from foretell import MTPModel, SequentialConfig
     from foretell.decoding import loop
     from foretell.models.target import Target
 
@@ -51,7 +64,9 @@ def worker(model_path: str, module_path: str, threads: int) -> dict[str, Callabl
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    mtp = MTPModel.from_pretrained(model, module_path)
+    with tempfile.TemporaryDirectory() as folder:
+        known = {one.name for one in dataclasses.fields(SequentialConfig)}
+        mtp = MTPModel.from_pretrained(model, readable(module_path, known, Path(folder)))
     spent: dict[str, list[float]] = {}
     # what one thread has computed for, so that other work on the machine does not count
     clock = time.thread_time if threads == 1 else time.perf_counter

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from foretell.data.chat import ChatTemplate
 from foretell.data.formats import load_rows
 from foretell.data.prompts import encode_prompt, encode_rows
 from tests.twins import encode_row, preview
@@ -301,6 +303,49 @@ def test_the_last_answer_starts_where_generation_starts(name):
         assert all(label != -100 for label in labels[start : last + 1])
         # behind it: nothing, a newline, or what closes the whole text once more (Phi-3)
         assert tokenizer.decode(ids[last + 1 :]) in ("", "\n", "<|endoftext|>", "\n<|endoftext|>")
+
+
+def conversations() -> list[list[dict]]:
+    """Every shape with every pair of awkward words, and with answers that think."""
+    awkward = ["One.", " One. \n", "\n\nOne", "<think>\nr1\n</think>\n\nOne.", "</think>\n\nOne.", "<think>", "a\n\n"]
+    awkward += ["<tool_response>x</tool_response>", "", "\n", "<|channel|>analysis", "think", "None"]
+    made = []
+    for at, words in enumerate(awkward):
+        question, answer, other = awkward[(at + 3) % len(awkward)], words, awkward[(at + 5) % len(awkward)]
+        turns = [user("Hi?"), assistant(answer), user("And?"), assistant(other)]
+        made += [turns, turns[:2], [{"role": "system", "content": other or "Be."}, *turns]]
+        made += [[user(question), assistant("Two.")], [user("Hi?"), assistant(answer, other), user(question)]]
+        made += [[user("Hi?"), assistant(answer, words), user("And?"), assistant(other, question)]]
+    return made
+
+
+def spans_or_error(how, messages: list[dict], **template: object) -> object:
+    try:
+        return how(messages, **template)[:2]
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", CASES, ids=named)
+def test_a_shape_that_was_met_before_says_what_changed_words_say(name):
+    template, shaped, wrong = ChatTemplate(tokenizer_of(name, CASES[name][0])), 0, 0
+    for messages in [*conversations(), TURNS, THOUGHT, CALLS]:
+        for more in ({}, {"first": 2}, {"enable_thinking": False}):
+            fast = spans_or_error(template.answers, messages, **more)
+            assert fast == spans_or_error(template.by_changes, messages, **more), (messages, more)
+    # most conversations are rendered once
+    calls, render = [], template._render
+    template._render = lambda *given: calls.append(given) or render(*given)
+    for number in range(20):
+        template.answers([user(f"{number}?"), assistant(f"Is {number}.")])
+    assert len(calls) == 20
+    # a shape that is wrong by one character somewhere is not believed, or says other spans
+    for key, shape in list(template._shapes.items()):
+        if shape is not None and shape.spans:
+            template._shapes[key] = replace(shape, spans=[(start + 1, end) for start, end in shape.spans])
+            shaped += 1
+    wrong += template.answers(TURNS)[1] != template.by_changes(TURNS)[1]
+    assert shaped > 5 and wrong == 1
 
 
 def test_answers_that_open_with_a_control_token():

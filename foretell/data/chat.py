@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
@@ -22,6 +24,9 @@ Span = tuple[int, int]
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # characters of a private area of Unicode: no text has them, and no template knows what they are
 CHANGED, FOLLOWING, OPENED, CLOSED = "\ue000", "\ue001", "\ue002", "\ue003"
+FIRST_BLANK = 0xE100  # a shape's blanks are characters from here on
+WORDS = ("content", "reasoning_content", "reasoning", "thinking")  # of a message, that a shape leaves blank
+SHAPES = 1024  # that are remembered; conversations of a data set have some dozens
 
 
 def chat_ids(messages: Messages, tokenizer: Any, *, add_generation_prompt: bool = False, **template: Any) -> list[int]:
@@ -44,6 +49,46 @@ def warn_merged() -> None:
     )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A conversation whose words are blanks of one character: as the template shows it, and what is trained of it."""
+
+    literals: list[str]  # before, between and behind the blanks
+    blanks: list[str]
+    missing: str  # what ends the last turn, where the template does not
+    spans: list[Span]
+    open_starts: list[tuple[int, str]]  # where an answer starts, unless this character stands there
+
+    def filled(self, text: str, words: Mapping[str, str]) -> tuple[str, list[Span]] | None:
+        """What `answers` returns, if the text is this shape with these words in its blanks."""
+        at, place, places, grown = 0, 0, [], [0]  # in the text, in the shape; by how much all blanks so far are longer
+        for literal, blank, following in zip(self.literals, [*self.blanks, ""], [*self.literals[1:], ""], strict=True):
+            if not text.startswith(literal, at):
+                return None
+            at, place = at + len(literal), place + len(literal)
+            if not blank:
+                break
+            word = words[blank]
+            forms = (word, word.strip(), word.strip("\n"), word.lstrip("\n"))  # templates trim
+            behind = (at + len(form) for form in forms if text.startswith(form + following, at))
+            end = next(behind, None)
+            if end is None:
+                return None
+            places.append(place)
+            grown.append(grown[-1] + end - at - 1)
+            at, place = end, place + 1
+        if at != len(text):
+            return None
+
+        def moved(position: int) -> int:
+            return position + grown[bisect_left(places, position)]
+
+        text += self.missing
+        if any(text.startswith(character, moved(position)) for position, character in self.open_starts):
+            return None
+        return text, [(moved(start), moved(end)) for start, end in self.spans]
+
+
 class ChatTemplate:
     """A tokenizer's chat template, and where in its text the answers are.
 
@@ -55,6 +100,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._ends: dict[tuple, str] = {}  # what ends a turn, of each template that was met
+        self._shapes: dict[str, Shape | None] = {}  # None: what is trained depends on the words
         added = tokenizer.added_tokens_decoder
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self._special = _any_of(special)
@@ -71,12 +117,44 @@ class ChatTemplate:
     def answers(self, messages: Messages, first: int = 0, **template: Any) -> tuple[str, list[Span]]:
         """The rendered conversation, and the spans that the assistant wrote, of the answers from messages[first] on.
 
-        Where nothing ends the last turn (GLM), the text goes on with the token that would.
+        Where nothing ends the last turn (GLM), the text goes on with the token that would. Conversations of a shape
+        that was met before are rendered once, and their spans are the shape's; others are found `by_changes`.
 
         Raises:
             ValueError: an answer's place cannot be told, or the template refuses this conversation.
         """
+        given = without_none(messages)
+        blank, words = _blanked(given)
+        if blank is not None:
+            key = json.dumps([blank, first, template], sort_keys=True, default=str)
+            if key not in self._shapes:
+                if len(self._shapes) >= SHAPES:
+                    self._shapes.clear()
+                self._shapes[key] = self._shape(blank, first, template)
+            shape = self._shapes[key]
+            try:
+                found = shape and shape.filled(self._render(given, False, template), words)
+            except ValueError:
+                found = None
+            if found:
+                return found
+        return self.by_changes(given, first, **template)[:2]
+
+    def _shape(self, blank: Messages, first: int, template: dict) -> Shape | None:
+        try:
+            text = self._render(blank, False, template)
+            ended, spans, open_starts = self.by_changes(blank, first, **template)
+        except ValueError:
+            return None
+        pieces = re.split(f"([{chr(FIRST_BLANK)}-{chr(FIRST_BLANK + len(WORDS) * len(blank))}])", text)
+        return Shape(pieces[::2], pieces[1::2], ended[len(text) :], spans, open_starts)
+
+    def by_changes(
+        self, messages: Messages, first: int = 0, **template: Any
+    ) -> tuple[str, list[Span], list[tuple[int, str]]]:
+        """As `answers`, which it defines, and Shape.open_starts. Every answer is rendered again with other words."""
         messages = self._accepted(messages, False, template)
+        open_starts: list[tuple[int, str]] = []
         text, marks = self._render(messages, False, template), self._marks(messages, template)
         spans, before = [], 0
         for turn in range(first, len(messages)):
@@ -85,7 +163,7 @@ class ChatTemplate:
             if turn == 0:
                 raise ValueError("messages[0]: got an assistant turn, wanted a question or a system message before it")
             behind = self._changing(text, messages, turn, template)[1]
-            start = self._start(text, messages, turn, before, template)
+            start = self._start(text, messages, turn, before, template, open_starts)
             # words beside a call may be shown behind what the tool said (Gemma-4)
             said = turn + 1 < len(messages) and bool(messages[turn].get("content") and messages[turn].get("tool_calls"))
             early = said and self._changing(text, messages, turn + 1, template)[0] < behind
@@ -100,12 +178,12 @@ class ChatTemplate:
                     spans.append(span)
             if not marks:
                 spans.append((start, end))
-        return text, spans
+        return text, spans, open_starts
 
     def start(self, text: str, messages: Messages, turn: int, **template: Any) -> int:
         """Where messages[turn] starts in the text of the whole conversation: behind what asks for it."""
         messages = self._accepted(messages, False, template)
-        return self._start(text, messages, turn, 0, template)
+        return self._start(text, messages, turn, 0, template, [])
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> Iterator[tuple[list[int], list[int]]]:
         """Token ids of rendered texts, and 1 on every token of their spans, those on a border too."""
@@ -119,8 +197,8 @@ class ChatTemplate:
             for start, end in spans[at]:
                 if fast:
                     offsets = encoded["offset_mapping"][at]
-                    begin = next((n for n, offset in enumerate(offsets) if offset[1] > start), len(ids))
-                    behind = next((n for n in range(begin, len(ids)) if offsets[n][0] >= end), len(ids))
+                    begin = bisect_right(offsets, start, key=itemgetter(1))
+                    behind = bisect_left(offsets, end, lo=begin, key=itemgetter(0))
                     merged = begin < len(ids) and offsets[begin][0] < start
                 else:
                     prompt = self._tokenizer(text[:start], add_special_tokens=False)["input_ids"]
@@ -132,8 +210,18 @@ class ChatTemplate:
                 mask[begin:behind] = [1] * (behind - begin)
             yield ids, mask
 
-    def _start(self, text: str, messages: Messages, turn: int, before: int, template: dict) -> int:
-        """Where an answer starts: behind what the template writes to ask for it."""
+    def _start(
+        self,
+        text: str,
+        messages: Messages,
+        turn: int,
+        before: int,
+        template: dict,
+        open_starts: list[tuple[int, str]],
+    ) -> int:
+        """Where an answer starts: behind what the template writes to ask for it. What stands otherwise in the text than
+        it was asked for is added to open_starts.
+        """
         try:
             context = messages[:turn]
             asked = self._render(context, True, template)
@@ -149,6 +237,8 @@ class ChatTemplate:
         tail = asked[self._changing(asked, context, len(context) - 1, template, True)[1] :]
         before = max(before, self._changing(text, messages, turn - 1, template)[1])
         same = _shared(tail, text[before : before + len(tail)])
+        if same < len(tail):
+            open_starts.append((before + same, tail[same]))
         same = max((match.end() for match in self._pieces(tail) if match.end() <= same), default=0)
         if same < len(tail) and same <= len(tail) - header:
             raise ValueError(
@@ -287,6 +377,20 @@ def without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: without_none(inner) for name, inner in value.items() if inner is not None}
     return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _blanked(messages: Messages) -> tuple[list[dict[str, Any]] | None, dict[str, str]]:
+    """The messages with a character in place of each text, and the texts; None where there is more than text."""
+    blank, words = [], {}
+    for message in messages:
+        if not all(isinstance(value, str) and (name in WORDS or name == "role") for name, value in message.items()):
+            return None, {}
+        blank.append(dict(message))
+        for number, name in enumerate(WORDS, start=FIRST_BLANK + len(WORDS) * (len(blank) - 1)):
+            if name in message:
+                blank[-1][name] = chr(number)
+                words[chr(number)] = message[name]
+    return (blank if len(messages) * len(WORDS) < 0xF8FF - FIRST_BLANK else None), words
 
 
 def _behind(character: str, text: str) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -56,15 +57,17 @@ def mtp_of(shared: bool = False) -> MTPModel:
     return mtp
 
 
-_references: dict[str, Tensor] = {}
+# by the model itself: the id of one that is gone may be another's
+_references: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 def reference(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
     """What transformers' own greedy generate says."""
-    key = f"{id(model)} {inputs['input_ids'].tolist()} {inputs['attention_mask'].tolist()} {settings}"
-    if key not in _references:
-        _references[key] = model.generate(**inputs, do_sample=False, pad_token_id=0, **settings)
-    return _references[key]
+    known = _references.setdefault(model, {})
+    key = f"{inputs['input_ids'].tolist()} {inputs['attention_mask'].tolist()} {settings}"
+    if key not in known:
+        known[key] = model.generate(**inputs, do_sample=False, pad_token_id=0, **settings)
+    return known[key]
 
 
 def texts(inputs: dict[str, Tensor], out_BT: Tensor) -> list[list[int]]:

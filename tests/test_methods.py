@@ -226,7 +226,7 @@ def test_joint_gives_the_target_a_gradient_everywhere(method, tied):
     stored = gradients(mtp)
     if method == "masked":
         return  # bounded by chunks instead
-    mtp.activation_checkpointing_enable()
+    mtp.gradient_checkpointing_enable()  # its older name
     backward(mtp, packed(ROWS), mtp_training_mode="joint", train_target=True)
     assert_close(gradients(mtp), stored, tolerance=1e-6)  # recomputed by the same kernels
 

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -93,17 +94,17 @@ def twin(
         spans.append(len(span))
 
 
-_told: dict[str, tuple[list[int], list[int]]] = {}
+_told: WeakKeyDictionary[MTPModel, dict[str, tuple[list[int], list[int]]]] = WeakKeyDictionary()
 
 
 def twins(mtp: MTPModel, inputs: dict[str, Tensor], *rule: Any, **more: Any) -> list[tuple[list[int], list[int]]]:
     """The twin of each sequence of a batch."""
     found = []
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        key = f"{id(mtp)} {ids[mask == 1].tolist()} {rule} {more}"
-        if key not in _told:
-            _told[key] = twin(mtp, ids[mask == 1].tolist(), *rule, **more)
-        found.append(_told[key])
+        known, key = _told.setdefault(mtp, {}), f"{ids[mask == 1].tolist()} {rule} {more}"
+        if key not in known:
+            known[key] = twin(mtp, ids[mask == 1].tolist(), *rule, **more)
+        found.append(known[key])
     return found
 
 

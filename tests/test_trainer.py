@@ -29,6 +29,12 @@ from foretell.types import IGNORE_INDEX
 from tests.test_prompts import chat, make_tokenizer
 from tests.tiny import VOCAB, tiny_config, tiny_model
 
+# transformers' name of it, from 5.23 on and before
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in MTPTrainingArguments.__dataclass_fields__
+)
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 
 
@@ -430,7 +436,7 @@ def test_a_model_from_scratch_learns_jointly(checkpointing, tmp_path):
         learning_rate=1e-2,
         max_steps=30,
         per_device_train_batch_size=12,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
         mtp_loss_scaling_factor=0.3,
     )
     for name in ("ntp_loss", "mtp_loss", "loss"):
@@ -442,7 +448,7 @@ def test_a_model_from_scratch_learns_jointly(checkpointing, tmp_path):
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     plain = run(make(), tmp_path, mtp_training_mode="joint", **SGD)
     mtp = make()
-    again = run(mtp, tmp_path, mtp_training_mode="joint", activation_checkpointing=True, **SGD)
+    again = run(mtp, tmp_path, mtp_training_mode="joint", **{CHECKPOINTING: True}, **SGD)
     assert_same_run(again, plain, (*NAMES, "ntp_loss"), tolerance=1e-6)
     assert any(getattr(part, "gradient_checkpointing", False) for part in mtp.module.modules())
     assert any(getattr(part, "gradient_checkpointing", False) for part in mtp.model.modules())

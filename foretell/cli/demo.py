@@ -47,7 +47,10 @@ class DemoSettings:
     )
     data: str | None = field(
         default=None,
-        metadata={"help": "Prompts of your kind (JSONL in TRL's forms) to learn; without it stories with numbers."},
+        metadata={
+            "help": "Prompts of your kind (JSONL in TRL's forms) to learn; without it stories with numbers, or the "
+            "demo's eight kinds where no module ships for the model."
+        },
     )
     repeats: int = field(default=5, metadata={"help": "Times that each way decodes each prompt, at most."})
     seed: int = field(default=0, metadata={"help": "Of the prompts' order and the training."})
@@ -115,7 +118,9 @@ def run_demo(settings: DemoSettings, argv: Sequence[str]) -> Iterator[dict[str, 
 
     from foretell.methods.base import load_preset
 
-    preset, kind = load_preset("demo"), _domain(settings)
+    preset = load_preset("demo")
+    # a module that starts from nothing learns all kinds; one that ships has learned them and learns yours
+    kind = _every_kind(settings) if ready is None and settings.data is None else _domain(settings)
     trained = get_mtp_model(model, preset["module"])
     answers, result["answers"] = _answers(trained, tokenizer, kind["train"], folder, settings, 0.15 * total)
     phase("answers")
@@ -204,6 +209,17 @@ def _prompts(seed: int) -> dict[str, list[dict[str, str]]]:
 
 def _chat(row: dict[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": row["prompt"]}]}
+
+
+def _every_kind(settings: DemoSettings) -> dict[str, Any]:
+    """Rows as _domain gives them, of the demo's eight kinds."""
+    prompts = _prompts(settings.seed)
+    return {
+        "name": "the demo's eight kinds",
+        "compare": prompts["compare"],
+        "watch": [_chat(row) for row in prompts["watch"]],
+        "train": [_chat(row) for row in prompts["train"]],
+    }
 
 
 def _domain(settings: DemoSettings) -> dict[str, Any]:
@@ -298,6 +314,8 @@ def _train(
     if fresh and mtp.mtp_config.draft_vocab_size is not None:
         counted = (row for i, row in enumerate(answers.rows()) if i % 16)
         print(choose_draft_vocabulary(mtp, tokenizer, counted, held_out), flush=True)
+    if not fresh:  # depth 1 has had its time
+        training = training | {"mtp_depth_one_first": 0.0}
     args = MTPTrainingArguments(
         **training,
         output_dir=str(folder / "training"),

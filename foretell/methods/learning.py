@@ -210,12 +210,18 @@ class Learning(nn.Module):
         """As PreTrainedModel's: the target's layers and the module's blocks are computed again in the backward pass."""
         if self.module.lays_masks:
             raise ValueError("activation checkpointing: with mask tokens a smaller chunk_size bounds memory, exactly.")
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        self.target.compute_again_in_backward(activation_checkpointing_kwargs, **kwargs)
         like = self.target.layers[0]
         for part in self.module.modules():
             if hasattr(part, "gradient_checkpointing"):
                 part._gradient_checkpointing_func = like._gradient_checkpointing_func
                 part.gradient_checkpointing = True
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The same under its older name, which TRL and transformers before 5.23 call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def _kept_rows(self, hidden_BTD: Tensor) -> TargetRows:
         """States that were kept while the target decoded: those that the module reads."""

@@ -94,6 +94,13 @@ class Target(RowReader):
             return None
         return getattr(self.model.config, "original_max_position_embeddings", None)
 
+    def compute_again_in_backward(self, settings: dict[str, Any] | None, **more: Any) -> None:
+        """Activation checkpointing of the layers, by the name that this transformers has for it."""
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+            if enable := getattr(self.model, name, None):
+                return enable(settings, **more)
+        raise ValueError(f"{type(self.model).__name__}: it knows no activation checkpointing; turn it off.")
+
     def fingerprint(self, gathered: dict[int, Tensor] | None = None) -> dict[str, Any]:
         """What a module must find again: architecture and sizes (errors), weights (a warning).
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -70,10 +73,16 @@ def test_all_sources_give_the_same_rows(tmp_path):
     write_lines(tmp_path / "lines.json", texts)
     dataset = Dataset.from_list(texts)
     dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.to_csv(tmp_path / "rows.csv")
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "rows.jsonl").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({"config": {}, "results": texts}))
+    (tmp_path / "indented.json").write_text(json.dumps({"config": {}, "results": texts}, indent=1))
     dataset.save_to_disk(tmp_path / "saved")
     DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
     sources = [
         *(tmp_path / name for name in ("rows.jsonl", "rows.json", "lines.json", "rows.parquet", "saved", "splits")),
+        *(tmp_path / name for name in ("rows.csv", "rows.jsonl.gz", "results.json", "indented.json")),
         str(tmp_path / "rows.jsonl"),
         dataset,
         DatasetDict({"train": dataset}),
@@ -196,6 +205,46 @@ def test_a_truncated_file_is_named_with_its_last_line(tmp_path):
         load_rows(tmp_path / "cut.json")
 
 
+def test_a_gz_is_read_as_it_is_now_and_must_be_whole(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    for texts in (["one"], ["two", "three"]):
+        with gzip.open(path, "wt") as file:
+            file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        assert [row["text"] for row in load_rows(path)] == texts
+    assert load_rows(path).where(1) == "rows.jsonl.gz, line 2"
+    path.write_bytes(path.read_bytes()[:-12])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="rows.jsonl.gz: got a file that is no whole gz file"):
+            load_rows(path)
+
+
+def test_of_lines_only_their_places_are_held(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": f"{number} " * 50} for number in range(2000)])
+    rows = load_rows(path)
+    assert len(pickle.dumps(rows)) < 40 * len(rows) < path.stat().st_size // 2
+    part = pickle.loads(pickle.dumps(rows)).part(slice(5, 1000, 5))
+    assert part[3]["text"].startswith("20 ") and part.where(3) == "rows.jsonl, line 21" and len(part) == 199
+
+
+@pytest.mark.parametrize("change", ["longer", "other words"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
+    rows = load_rows(path)
+    with path.open("r+") as file:
+        file.write('{"text": "six"}\n' + '{"text": "two"}\n' * (2 if change == "longer" else 1))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="the file changed while it was read"):
+        rows[1]
+
+
+def test_so_many_bad_rows_are_skipped_and_no_more(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": ""}, "{", {"text": "two"}])
+    with pytest.warns(UserWarning, match="2 rows are skipped"):
+        assert len(load_rows(path, skip_bad=2)) == 2
+    with pytest.raises(ValueError, match=r"(?s)2 bad rows, wanted 1 at most:\nrows.jsonl, line 2.*line 3"):
+        load_rows(path, skip_bad=1)
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff\xfe"}\n')
     with pytest.raises(ValueError, match="bytes.jsonl, line 2: got"):
@@ -214,7 +263,7 @@ def test_other_empty_sources_are_errors(tmp_path):
         load_rows([])
     with pytest.raises(ValueError, match="no rows"):
         load_rows(Dataset.from_list([]))
-    with pytest.raises(ValueError, match="no .jsonl, .json, .parquet file in this folder"):
+    with pytest.raises(ValueError, match="no .jsonl, .json, .parquet, .csv file in this folder"):
         load_rows(tmp_path)
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(ValueError, match="empty.json: the file is empty"):
@@ -225,9 +274,9 @@ def test_sources_that_are_not_there_or_not_data(tmp_path):
     for name in ("missing.jsonl", "./missing", str(tmp_path / "missing")):
         with pytest.raises(FileNotFoundError, match="no such file or folder"):
             load_rows(name)
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="rows.csv: got a file of type '.csv', wanted .jsonl"):
-        load_rows(tmp_path / "rows.csv")
+    (tmp_path / "rows.txt").write_text("a,b")
+    with pytest.raises(ValueError, match="rows.txt: got a file of type '.txt', wanted .jsonl"):
+        load_rows(tmp_path / "rows.txt")
     with pytest.raises(ValueError, match=r"no split 'train': got \['test'\]"):
         load_rows({"test": [{"text": "a"}]})
     with pytest.raises(ValueError, match="got generator, wanted something with a length"):

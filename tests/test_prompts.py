@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,3 +301,52 @@ def test_only_ids_that_occur_must_fit_the_vocabulary():
         encode_rows([{"text": "one <image>"}], tokenizer, vocab_size=size)
     with pytest.raises(ValueError, match=f"rows.0.: got token id {size}, wanted"):
         encode_prompts([{"prompt": "one <image>"}], tokenizer, vocab_size=size)
+
+
+@pytest.mark.filterwarnings("ignore:.* rows are skipped", "ignore:.* rows were cut")
+def test_many_rows_lie_in_a_file_and_several_processes_encode_alike(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        [TWO_TURNS, {"text": "one two"}, {"prompt": "one", "completion": " two"}, {"input_ids": [1, 2, 3]}][i % 4]
+        for i in range(80)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:40], {"text": "one"}, *rows[40:]]) + "{\n")
+    tokenizer = make_tokenizer()
+    wanted, stats = encode_rows(path, tokenizer, max_length=6, skip_bad=True)
+    assert not wanted.table.cache_files
+    one_by_one = [encode_row(row, tokenizer, max_length=6) for row in load_rows(path, skip_bad=True)]
+    assert list(wanted) == [row for row in one_by_one if any(label != -100 for label in row["labels"][1:])]
+    assert wanted.lengths.tolist() == [len(row["input_ids"]) for row in wanted]
+    assert (stats.rows, stats.skipped, stats.kept) == (82, 1, len(wanted)) and stats.dropped and stats.truncated
+    assert stats.tokens == sum(wanted.lengths) and wanted[-1] == wanted[len(wanted) - 1]
+    assert stats.trained_tokens == sum(label != -100 for row in wanted for label in row["labels"][1:])
+    part = wanted.part(wanted.lengths > 3)
+    assert list(part) == [row for row in wanted if len(row["input_ids"]) > 3] != list(wanted)
+    monkeypatch.setattr("foretell.data.prompts.ROWS_IN_MEMORY", 10)
+    for processes in (None, 2):
+        encoded, again = encode_rows(path, tokenizer, max_length=6, skip_bad=True, num_proc=processes)
+        files = [Path(file["filename"]) for file in encoded.table.cache_files]
+        assert files and all(file.is_file() for file in files)
+        assert list(encoded) == list(wanted) and again == stats
+        assert list(pickle.loads(pickle.dumps(encoded))) == list(wanted)
+        del encoded
+        gc.collect()
+        assert not any(file.exists() for file in files)  # nothing is left behind
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_what_cannot_be_encoded_is_named_whoever_encodes(tmp_path, processes):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"text": "one"}, {"prompt": "one"}] * 30))
+    with pytest.raises(ValueError, match=r"(?s)^rows.jsonl, line \d+: got a prompt without.*stopped after 10 problems"):
+        encode_rows(path, make_tokenizer(), num_proc=processes)
+    with pytest.raises(ValueError, match=r"(?s)^30 bad rows, wanted 29 at most:\nrows.jsonl, line 2: got a prompt"):
+        encode_rows(path, make_tokenizer(), num_proc=processes, skip_bad=29)
+
+
+@pytest.mark.filterwarnings("ignore:.* rows were cut")
+def test_labels_that_a_target_gave_to_a_text_stay():
+    # what it would say, not what the text says; the marked ones are those that count
+    row = {"key": "given-a", "input_ids": [4, 5, 6, 7], "labels": [-100, 8, -100, 9]}
+    assert encode_rows([row], None)[0][0] == {"input_ids": [4, 5, 6, 7], "labels": [-100, 8, -100, 9]}
+    assert encode_rows([row], None, max_length=2)[0][0] == {"input_ids": [4, 5], "labels": [-100, 8]}

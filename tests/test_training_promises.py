@@ -592,6 +592,34 @@ def test_a_stream_trains_as_the_list_does(tmp_path):
     packed.train()
 
 
+def test_a_stream_may_hold_rows_that_leave_nothing_and_bad_ones_are_named(tmp_path):
+    """Sixty-four at a time: of a group that leaves nothing the next one is asked."""
+    short = [{"input_ids": [5], "labels": [5]}] * 70
+    plan = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    with pytest.warns(UserWarning, match="rows were dropped"):
+        make("own", tiny_model(), tmp_path, data=Stream([*short, *rows(12)]), **plan).train()
+    trainer = make("own", tiny_model(), tmp_path, data=Stream([*rows(100), {"input_ids": [-1]}]), **plan)
+    with pytest.raises(ValueError, match="^stream, row 101: input_ids: got list"):
+        list(trainer.train_dataset)
+    trainer = make(
+        "own", tiny_model(), tmp_path, data=Stream([{"text": 3}] * 70 + [*rows(12)]), skip_bad_rows=True, **plan
+    )
+    with pytest.warns(UserWarning, match="64 rows are skipped"):
+        assert len(list(trainer.train_dataset)) == 12
+
+
+def test_trls_trainer_takes_a_stream_and_asks_for_steps(tmp_path):
+    data = rows(12).to_iterable_dataset()
+    with pytest.raises(ValueError, match="max_steps"):
+        make("trl", tiny_model(), tmp_path, data=data, max_steps=-1)
+    losses = []
+    for form in (data, rows(12)):
+        trainer = make("trl", tiny_model(), tmp_path, data=form, max_steps=3, train_sampling_strategy="sequential")
+        trainer.train()
+        losses.append(column(trainer, "loss"))
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
 def store(mtp: MTPModel, folder: Path, **other: Any) -> HiddenStore:
     """Texts with the states that this target has of them."""
     fingerprint = {"target": mtp.target.fingerprint(), "hidden_source": mtp.mtp_config.hidden_source, **other}

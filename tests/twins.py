@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretell.data.prompts import _cut, _encode_some, _template_of
+from foretell.data.prompts import _ready, _template_of, encode_some, labelled
 from foretell.ops.loss_checks import Kind, check
 from foretell.ops.losses import _matmul_dtype, _softmax_dtype
 from foretell.ops.tree import PADDING, ROOT
@@ -113,10 +113,11 @@ def encode_row(
     row: Mapping[str, Any], tokenizer: Any, max_length: int | None = None, assistant_only_loss: bool = True
 ) -> dict[str, Any]:
     """encode_rows of one row, by itself."""
-    (encoded,) = _encode_some([row], tokenizer, assistant_only_loss, _template_of(tokenizer))
+    (encoded,) = encode_some([row], tokenizer, assistant_only_loss, _template_of(tokenizer))
     if isinstance(encoded, ValueError):
         raise encoded
-    return _cut(encoded, max_length)
+    ready = _ready(row, None) if "input_ids" in row else labelled(encoded)
+    return {name: values[:max_length] for name, values in ready.items()}
 
 
 def preview(row: Mapping[str, Any], tokenizer: Any) -> str:

@@ -186,14 +186,16 @@ class ChatTemplate:
         return self._start(text, messages, turn, 0, template, [])
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> Iterator[tuple[list[int], list[int]]]:
-        """Token ids of rendered texts, and 1 on every token of their spans, those on a border too."""
+        """Token ids of rendered texts, and where spans of tokens begin and what is behind each, in turn: all tokens of
+        the texts' spans, those on a border too.
+        """
         if not texts:
             return
         fast = self._tokenizer.is_fast
         more = {"return_offsets_mapping": True} if fast else {}
         encoded = self._tokenizer(list(texts), add_special_tokens=False, **more)
         for at, text in enumerate(texts):
-            ids, mask = list(encoded["input_ids"][at]), [0] * len(encoded["input_ids"][at])
+            ids, found = list(encoded["input_ids"][at]), []
             for start, end in spans[at]:
                 if fast:
                     offsets = encoded["offset_mapping"][at]
@@ -207,8 +209,11 @@ class ChatTemplate:
                     merged = begin < len(prompt)
                 if merged:
                     warn_merged()
-                mask[begin:behind] = [1] * (behind - begin)
-            yield ids, mask
+                if found and begin <= found[-1]:
+                    found[-1] = max(found[-1], behind)
+                elif begin < behind:
+                    found += [begin, behind]
+            yield ids, found
 
     def _start(
         self,

@@ -1,66 +1,147 @@
-"""Where rows come from: files, folders, datasets, lists. Every row is checked once, and every error names its place."""
+"""Where rows come from: files, folders, datasets, lists. Every row is checked once, and every error names its place.
+
+`datasets` reads parquet, CSV and what has a name. Lines of JSON are read here: it neither says which line is bad nor
+takes rows that differ in form; of a file only the places of its lines are held, so that it may be larger than memory.
+"""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import os
 import re
+import shutil
+import tempfile
 import warnings
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from foretell.data.rows import check_row
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MAX_PROBLEMS = 10  # enough to see a pattern, few enough to read
+LARGE_BYTES = 2**26  # reading a larger file shows a bar
 SPLIT_WORDS = {"train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval"}
+
+
+class Part(Sequence):
+    """Rows of one file or other source, unchecked, and what people call the place of each."""
+
+    def __init__(self, rows: Sequence[Any], name: str, unit: str = "", first: int = 1):
+        self.rows, self.name, self.unit, self.first = rows, name, unit, first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The row. Raises ValueError where there is none to be read."""
+        return self.rows[index]
+
+    def where(self, index: int) -> str:
+        """The place of a row for people: "prompts.parquet, row 17", or "rows[16]" where it came from Python."""
+        return f"{self.name}, {self.unit} {self.first + index}" if self.unit else f"{self.name}[{index}]"
+
+
+class Lines(Part):
+    """One JSON object a line, read when it is asked for. Processes may share the file: nothing has a position in it."""
+
+    def __init__(self, path: Path, name: str):
+        self.name, self.path = name, path
+        self._file: Any = None
+        starts, numbers, at = array("q"), array("q"), 0
+        with path.open("rb") as file:
+            self._state = self._seen(file)
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    starts.append(at)
+                    numbers.append(number)
+                at += len(line)
+        self._starts, self._numbers = starts, numbers
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """See Part."""
+        if self._file is None:
+            self._file = self.path.open("rb")
+        if self._seen(self._file) != self._state:
+            raise ValueError("the file changed while it was read, wanted one that nobody writes to")
+        start = self._starts[index]
+        end = self._starts[index + 1] if index + 1 < len(self) else self._state[0]
+        line = os.pread(self._file.fileno(), end - start, start)
+        try:
+            return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        except ValueError as error:  # also bytes that are no UTF-8
+            raise ValueError(f"got {_start(line)}, wanted one JSON object ({error})") from None
+
+    def where(self, index: int) -> str:
+        """See Part."""
+        return f"{self.name}, line {self._numbers[index]}"
+
+    @staticmethod
+    def _seen(file: Any) -> tuple[int, int]:
+        state = os.fstat(file.fileno())
+        return state.st_size, state.st_mtime_ns
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
 
 
 class Rows(Sequence):
     """Checked rows, and where each was found. Behaves as a list of dicts."""
 
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        name: str,
-        places: list[tuple[str, str, int]] | None = None,
-        skipped: int = 0,
-    ):
-        self.source, self._name, self._places = rows, name, places
+    def __init__(self, parts: Sequence[Part], chosen: Sequence[int] | None = None, skipped: int = 0):
+        """chosen: those of all rows of the parts that are meant; None: all."""
+        self.parts, self._ends = parts, [0, *accumulate(map(len, parts))]
+        self._chosen = range(self._ends[-1]) if chosen is None else chosen
         self.skipped = skipped  # bad ones, which are not among the rows
 
+    @property
+    def source(self) -> Any:
+        """What the rows were given as, where they came from Python."""
+        return self.parts[0].rows if len(self.parts) == 1 and not self.parts[0].unit else None
+
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._chosen)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        return self.source[index]
+        part, at = self._find(index)
+        return part[at]
 
     def part(self, chosen: slice) -> Rows:
         """These of the rows, with their places."""
-        indices = range(*chosen.indices(len(self)))
-        places = [self._places[at] if self._places else (self._name, "index", at) for at in indices]
-        return Rows(self[chosen], self._name, places)
+        return Rows(self.parts, self._chosen[chosen])
 
     def where(self, index: int) -> str:
-        """The place of a row for people: "prompts.jsonl, line 17", or "rows[16]" where it came from Python."""
-        if self._places is None:
-            return f"{self._name}[{index}]"
-        name, unit, number = self._places[index]
-        return f"{name}, {unit} {number}"
+        """The place of a row: see Part."""
+        part, at = self._find(index)
+        return part.where(at)
+
+    def _find(self, index: int) -> tuple[Part, int]:
+        at = self._chosen[index]
+        number = bisect_right(self._ends, at) - 1
+        return self.parts[number], at - self._ends[number]
 
 
-def load_rows(source: Any, split: str = "train", skip_bad: bool = False) -> Rows:
+def load_rows(source: Any, split: str = "train", skip_bad: bool | int = False, may_be_empty: bool = False) -> Rows:
     """Load and check rows in TRL's forms (see `foretell.data.rows`).
 
     Args:
-        source: a .jsonl, .json or .parquet file; a folder of these, or one written by `Dataset.save_to_disk`; a
-            `datasets.Dataset`; a list of dicts; a mapping of splits to any of these; or the name of a dataset for
-            `datasets.load_dataset`, as "name" or "name:configuration".
+        source: see `open_source`.
         split: taken where the source has splits: a dataset's name, a mapping, or a folder whose file names carry
             split words (`train.jsonl`, `my-test-0001.parquet`). One file or one list is a split by itself.
-        skip_bad: leave malformed rows out; they are counted (`skipped`), and the first ones named in a warning.
+        skip_bad: leave malformed rows out; they are counted (`skipped`), and the first ones named in a warning. A
+            number: so many of them at most.
+        may_be_empty: no good row is no error.
 
     Returns:
         A list-like of dicts whose `where(index)` names the place of a row.
@@ -69,61 +150,65 @@ def load_rows(source: Any, split: str = "train", skip_bad: bool = False) -> Rows
         FileNotFoundError: nothing there under that name.
         ValueError: malformed or empty data: up to ten problems in one error, each with its file and line.
     """
+    if isinstance(source, Rows):
+        return source
+    problems = Problems(skip_bad)
+    parts, name = open_source(source, split, problems)
+    good, at = array("q"), 0
+    for part in parts:
+        for index in range(len(part)):
+            try:
+                check_row(part[index])
+                good.append(at + index)
+            except ValueError as error:
+                problems.add(f"{part.where(index)}: {error}")
+        at += len(part)
+    problems.close()
+    if not good and not may_be_empty:
+        raise ValueError(f"{name}: no rows, wanted at least one.")
+    return Rows(parts, None if len(good) == at else good, problems.count)
+
+
+def open_source(source: Any, split: str, problems: Problems) -> tuple[list[Part], str]:
+    """The parts of a source, their rows unchecked, and its name for people. Files that cannot be read are problems.
+
+    Args:
+        source: a .jsonl, .json, .parquet or .csv file, or one of these as .gz; a folder of them, or one written by
+            `Dataset.save_to_disk`; a `datasets.Dataset`; a list of dicts; a mapping of splits to any of these; or the
+            name of a dataset for `datasets.load_dataset`, as "name" or "name:configuration". JSON is a list, an object
+            a line, or one object whose "results" are a list.
+    """
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if path.is_dir():
-            if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-                return load_rows(_import_datasets().load_from_disk(str(path)), split, skip_bad)
-            return _load_files(_files_of(path, split), str(path), skip_bad)
+        if path.is_dir() and not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            parts = [_open_file(file, problems) for file in _files_of(path, split)]
+            return [part for part in parts if part is not None], str(path)
         if path.is_file():
-            return _load_files([path], str(path), skip_bad)
-        return _checked(_load_named(str(source), split), str(source), skip_bad)
+            part = _open_file(path, problems)
+            return [part] if part is not None else [], str(path)
+        if path.is_dir():
+            found = _import_datasets().load_from_disk(str(path))
+            return open_source(found, split, problems) if isinstance(found, Mapping) else ([Part(found, path.name)], "")
+        return [Part(_load_named(str(source), split), str(source))], str(source)
     if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"no split {split!r}: got {sorted(map(str, source))}; choose one of them.")
-        return load_rows(source[split], split, skip_bad)
-    if isinstance(source, Rows):
-        return source
+        return open_source(source[split], split, problems)
+    if isinstance(source, Part):
+        return [source], source.name
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ValueError(
             f"rows: got {type(source).__name__}, wanted something with a length, such as a list of dicts or a "
             "datasets.Dataset. Of a stream, take as many rows as you want: list(stream.take(1000))."
         )
-    return _checked(source, "rows", skip_bad)
-
-
-def _checked(rows: Sequence[Any], name: str, skip_bad: bool) -> Rows:
-    """Check rows that have no file and line."""
-    problems = Problems(skip_bad)
-    good = [index for index in range(len(rows)) if problems.check(f"{name}[{index}]", rows[index])]
-    problems.close()
-    if not good:
-        raise ValueError(f"{name}: no rows, wanted at least one.")
-    if problems.count:
-        return Rows([rows[at] for at in good], name, [(name, "index", at) for at in good], problems.count)
-    return Rows(rows, name)
-
-
-def _load_files(paths: list[Path], name: str, skip_bad: bool) -> Rows:
-    rows, places, problems = [], [], Problems(skip_bad)
-    for path in paths:
-        before = problems.count, len(rows)
-        for unit, number, row in _read(path, problems):
-            if problems.check(f"{path.name}, {unit} {number}", row):
-                rows.append(row)
-                places.append((path.name, unit, number))
-        if (problems.count, len(rows)) == before:
-            problems.add(f"{path.name}: the file is empty, wanted at least one row")
-    problems.close()
-    if not rows:
-        raise ValueError(f"{name}: no rows, wanted at least one.")
-    return Rows(rows, name, places, problems.count)
+    return [Part(source, "rows")], "rows"
 
 
 class Problems:
     """Collects problems of rows, so that a person fixes a file in one go, not in ten; or counts them and goes on."""
 
-    def __init__(self, skip: bool = False) -> None:
+    def __init__(self, skip: bool | int = False) -> None:
+        """skip: go on, whatever their number; a number of them at most."""
         self.count, self.lines, self._skip = 0, [], skip
 
     def add(self, line: str) -> None:
@@ -134,70 +219,92 @@ class Problems:
             self.lines.append(f"stopped after {MAX_PROBLEMS} problems; there may be more")
             self.close()
 
-    def check(self, place: str, row: Any) -> bool:
-        try:
-            check_row(row)
-        except ValueError as error:
-            self.add(f"{place}: {error}")
-            return False
-        return True
-
     def close(self) -> None:
         """Raise what was found, or warn of it where such rows are to be skipped."""
         if not self.lines:
             return
+        more = [f"and {self.count - MAX_PROBLEMS} more"] if self.count > MAX_PROBLEMS else []
         if not self._skip:
             raise ValueError("\n".join(self.lines))
-        more = [f"and {self.count - MAX_PROBLEMS} more"] if self.count > MAX_PROBLEMS else []
+        if self._skip is not True and self.count > self._skip:
+            raise ValueError("\n".join([f"{self.count} bad rows, wanted {self._skip} at most:", *self.lines, *more]))
         warnings.warn("\n".join([f"{self.count} rows are skipped:", *self.lines, *more]), stacklevel=3)
 
 
-def _read(path: Path, problems: Problems) -> Iterator[tuple[str, int, Any]]:
-    """Yield (unit, number, row) of one file; units count from 1."""
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            problems.add(f"{path.name}: got a file that is no whole parquet file ({error})")
-            return
-        for number, row in enumerate(table.to_pylist(), start=1):
-            yield "row", number, row
-    elif path.suffix == ".jsonl" or (path.suffix == ".json" and _first_byte(path) != b"["):
-        # many .json files hold one object a line
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:  # also bytes that are no UTF-8
-                    problems.add(f"{path.name}, line {number}: got {_start(line)}, wanted one JSON object ({error})")
-                else:
-                    yield "line", number, row
-    elif path.suffix == ".json":
-        try:
-            items = json.loads(path.read_bytes())
-        except json.JSONDecodeError as error:
-            problems.add(f"{path.name}, line {error.lineno}: wanted a JSON list of objects ({error.msg})")
-            return
-        except UnicodeDecodeError as error:
-            problems.add(f"{path.name}: wanted UTF-8 ({error})")
-            return
-        for number, row in enumerate(items, start=1):
-            yield "item", number, row
-    else:
-        problems.add(f"{path.name}: got a file of type {path.suffix or 'unknown'!r}, wanted {', '.join(SUFFIXES)}")
+def _open_file(path: Path, problems: Problems) -> Part | None:
+    """The rows of one file; None, with a problem, where it cannot be read or holds none."""
+    name, kind = path.name, _plain(path).suffix
+    if kind not in SUFFIXES:
+        wanted = ", ".join(SUFFIXES)
+        problems.add(f"{name}: got a file of type {kind or 'unknown'!r}, wanted {wanted}, or one of these as .gz")
+        return None
+    part: Part | None = None
+    try:
+        path = _unzipped(path) if path.suffix == ".gz" else path
+        items = _items(path) if kind == ".json" else None
+        if items is not None:
+            part = Part(items, name, "item")
+        elif kind in (".json", ".jsonl"):
+            part = Lines(path, name)
+        else:
+            with bars(path.stat().st_size > LARGE_BYTES):
+                found = _import_datasets().load_dataset(kind[1:], data_files=str(path), split="train")
+            part = Part(found, name, "row")
+    except json.JSONDecodeError as error:
+        problems.add(f"{name}, line {error.lineno}: wanted a JSON list of objects ({error.msg})")
+        return None
+    except UnicodeDecodeError as error:
+        problems.add(f"{name}: wanted UTF-8 ({error})")
+        return None
+    except Exception as error:  # pyarrow's, pandas' and gzip's, as datasets passes them on
+        if "corresponds to no data" not in str(error):
+            whole = "gz" if path.suffix == ".gz" else kind[1:]
+            problems.add(f"{name}: got a file that is no whole {whole} file ({error.__cause__ or error})")
+            return None
+    if not part:
+        problems.add(f"{name}: the file is empty, wanted at least one row")
+        return None
+    return part
 
 
-def _first_byte(path: Path) -> bytes:
+def _plain(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
+def _unzipped(path: Path) -> Path:
+    """The content, beside what datasets keeps. (Its own extraction knows a file by its name, whole or not.)"""
+    state = path.stat()
+    folder = Path(_import_datasets().config.HF_DATASETS_CACHE) / "foretell-gz"
+    name = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:24]
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            with gzip.open(path) as packed, open(f"{part}/whole", "wb") as out:
+                shutil.copyfileobj(packed, out)
+            os.replace(f"{part}/whole", folder / name)
+    return folder / name
+
+
+def _items(path: Path) -> list[Any] | None:
+    """Of a .json file that is one list, or one object with a list of "results"; None: an object a line."""
+    first = b""
     with path.open("rb") as file:
         for line in file:
-            if line.strip():
-                return line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    return b""
+            first = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if first:
+                break
+    if first[:1] == b"[":
+        return json.loads(path.read_bytes())
+    try:
+        if "results" not in json.loads(first):
+            return None
+    except ValueError:  # an object over several lines, or a bad first line
+        pass
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return found["results"] if isinstance(found, dict) and isinstance(found.get("results"), list) else None
 
 
 def _start(line: bytes) -> str:
@@ -206,10 +313,10 @@ def _start(line: bytes) -> str:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and not path.name.startswith("."))
+    files = [file for file in sorted(folder.iterdir()) if _plain(file).suffix in SUFFIXES and file.name[0] != "."]
     if not files:
         raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder, wanted at least one.")
-    words = {path: set(re.split(r"[^a-z]+", path.stem.lower())) for path in files}
+    words = {path: set(re.split(r"[^a-z]+", _plain(path).stem.lower())) for path in files}
     chosen = [path for path in files if split.lower() in words[path]]
     # without split words in any name the whole folder is the training split
     if not chosen and split == "train" and not any(words[path] & SPLIT_WORDS for path in files):
@@ -221,7 +328,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 def _load_named(name: str, split: str) -> Any:
     """A dataset by name. What looks like a path never reaches the network."""
-    looks_like_path = name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_like_path = name.endswith((*SUFFIXES, ".gz")) or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path or not name:
         raise FileNotFoundError(f"{name}: no such file or folder.")
     name, _, configuration = name.partition(":")
@@ -232,6 +339,20 @@ def _load_named(name: str, split: str) -> Any:
         raise FileNotFoundError(
             f"{name}: no such file or folder, and no dataset of this name could be loaded ({error})."
         ) from error
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """The bars of datasets, only where there is time to look at them."""
+    datasets = _import_datasets()
+    hide = not shown and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
 
 
 def _import_datasets() -> Any:

@@ -5,19 +5,37 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+import uuid
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from foretell.data.cache import HiddenStore
 from foretell.data.chat import ChatTemplate, Span, chat_ids, warn_merged, without_none
-from foretell.data.formats import Problems, load_rows
+from foretell.data.formats import Problems, Rows, bars, load_rows
 from foretell.data.rows import MASKS, as_list, detect_form
 from foretell.types import IGNORE_INDEX
 
 BATCH = 256  # rows that are tokenized together
+ROWS_IN_MEMORY = 20_000  # more are encoded to a file
 KEPT_COLUMNS = ("document_ids", "position_ids")  # of ready rows, beside hidden_states
+# of the table of encoded rows; input_ids and spans are none of ready rows, and of bad ones, which have a problem
+COLUMNS = {
+    "input_ids": "int32",
+    "spans": "int32",
+    "tokens": "int32",
+    "trained": "int32",
+    "cut": "bool",
+    "problem": "string",
+}
+LISTS = ("input_ids", "spans")
+Tokens = tuple[list[int], list[int]]  # ids; where trained spans begin and what is behind each, in turn
 
 
 @dataclass(kw_only=True)
@@ -33,14 +51,47 @@ class EncodeStats:
     trained_tokens: int = 0
 
 
+class Encoded(Sequence):
+    """Encoded rows: tokens and trained spans in an Arrow table of `datasets`, 4 bytes a token, which lies on disk where
+    rows are many; labels are made when a row is asked for. Ready rows stay where they are: kept states on disk too.
+    """
+
+    def __init__(self, rows: Rows, table: Any, kept: Any, max_length: int | None):
+        """table: a row for each of rows; kept: an array of indices of both."""
+        self.rows, self.table, self.kept, self.max_length = rows, table, kept, max_length
+
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each row, an array."""
+        return _column(self.table, "tokens")[self.kept]
+
+    def part(self, chosen: Any) -> Encoded:
+        """These rows: an array of indices or of booleans."""
+        return Encoded(self.rows, self.table, self.kept[chosen], self.max_length)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = int(self.kept[index])
+        row = self.table[at]
+        if row["input_ids"] is None:
+            return _ready(self.rows[at], self.max_length)
+        return labelled((row["input_ids"], row["spans"]))
+
+
 def encode_rows(
     rows: Any,
     tokenizer: Any,
     max_length: int | None = None,
     assistant_only_loss: bool = True,
     vocab_size: int | None = None,
-    skip_bad: bool = False,
-) -> tuple[Sequence[dict[str, Any]], EncodeStats]:
+    skip_bad: bool | int = False,
+    num_proc: int | None = None,
+    may_be_empty: bool = False,
+) -> tuple[Encoded, EncodeStats]:
     """Encode rows of any form (see `foretell.data.rows`) for training.
 
     What is trained: for `messages` the assistant's tokens with each end-of-turn token; for `prompt` + `completion` the
@@ -54,72 +105,114 @@ def encode_rows(
         max_length: tokens; longer rows lose their end.
         assistant_only_loss: False trains all tokens of `messages`.
         vocab_size: of the target; ids beyond it are an error.
-        skip_bad: leave out rows that cannot be encoded; they are counted, and the first ones named in a warning.
+        skip_bad: leave out rows that cannot be encoded; they are counted, and the first ones named in a warning. A
+            number: so many at most.
+        num_proc: processes that encode, of `datasets.map`.
+        may_be_empty: no row left is no error.
 
     Returns:
-        The encoded rows (of a store a view, whose states stay on disk), and what became of all of them. A row has
-        `input_ids` and `labels`, lists of T; of ready rows also `hidden_states` [T, D], `document_ids` and
-        `position_ids` if they have them.
+        The encoded rows, list-like, and what became of all of them. A row has `input_ids` and `labels`, lists of T; of
+        ready rows also `hidden_states` [T, D], `document_ids` and `position_ids` if they have them.
 
     Raises:
         ValueError: rows that cannot be encoded, up to ten at once, each with its place; or no row left.
     """
-    rows = load_rows(rows, skip_bad=skip_bad)
-    encoded_rows: list[Any] = []
-    stats, problems = EncodeStats(rows=len(rows) + rows.skipped), Problems(skip_bad)
-    template, stored = _template_of(tokenizer), isinstance(rows.source, HiddenStore)
-    for first in range(0, len(rows), BATCH):
-        some = rows[first : first + BATCH]
-        for index, encoded in enumerate(_encode_some(some, tokenizer, assistant_only_loss, template), start=first):
-            if isinstance(encoded, ValueError):
-                problems.add(f"{rows.where(index)}: {encoded}")
-                continue
-            if vocab_size is not None and max(encoded["input_ids"]) >= vocab_size:
-                problems.add(f"{rows.where(index)}: {_beyond(encoded['input_ids'], vocab_size)}")
-                continue
-            stats.truncated += max_length is not None and len(encoded["input_ids"]) > max_length
-            encoded = _cut(encoded, max_length)
-            # the first token of a row has nothing before it that could predict it
-            trained = sum(label != IGNORE_INDEX for label in encoded["labels"][1:])
-            if not trained:
-                stats.dropped += 1
-                continue
-            stats.kept += 1
-            stats.tokens += len(encoded["input_ids"])
-            stats.trained_tokens += trained
-            encoded_rows.append(index if stored else encoded)
+    import datasets
+
+    values = {name: datasets.Value(dtype) for name, dtype in COLUMNS.items()}
+    features = {name: datasets.List(value) if name in LISTS else value for name, value in values.items()}
+    rows = load_rows(rows, skip_bad=skip_bad, may_be_empty=may_be_empty)
+    encode = _Encoder(rows, tokenizer, max_length, assistant_only_loss, vocab_size)
+    encode.problems = Problems(skip_bad and True)
+    table, many = datasets.Dataset.from_dict({"at": range(len(rows))}), len(rows) > ROWS_IN_MEMORY
+    folder = Path(tempfile.mkdtemp(prefix="foretell-")) if many else None
+    with bars(many):
+        table = table.map(
+            encode,
+            batched=True,
+            batch_size=BATCH,
+            num_proc=num_proc,
+            remove_columns=["at"],
+            features=datasets.Features(features),
+            cache_file_name=None if folder is None else str(folder / "rows.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=uuid.uuid4().hex,  # or datasets would hash all that the encoder holds
+            desc="encoding rows",
+        )
+    if not len(rows):  # of which map makes no columns
+        table = datasets.Dataset.from_dict({name: [] for name in features}, datasets.Features(features))
+    if folder is not None:
+        weakref.finalize(table, _remove, folder, os.getpid())
+    problems, bad = Problems(skip_bad), table.data.column("problem").is_valid().to_numpy()
+    for index in bad.nonzero()[0].tolist():
+        problems.add(f"{rows.where(index)}: {table[index]['problem']}")
     problems.close()
-    stats.skipped = rows.skipped + problems.count
+    trained, tokens = _column(table, "trained"), _column(table, "tokens")
+    kept = (trained > 0).nonzero()[0]
+    stats = EncodeStats(
+        rows=len(rows) + rows.skipped,
+        kept=len(kept),
+        truncated=int(_column(table, "cut").sum()),
+        dropped=int((trained == 0).sum()) - problems.count,
+        skipped=rows.skipped + problems.count,
+        tokens=int(tokens[kept].sum()),
+        trained_tokens=int(trained.sum()),
+    )
     lost = (
         f"{stats.truncated} of {stats.rows} rows were cut at max_length={max_length}; "
         f"{stats.dropped} of {stats.rows} rows were dropped: no token left to train on"
     )
-    if not encoded_rows:
+    if not len(kept) and not may_be_empty:
         raise ValueError(f"no row left to train on: {lost}. Wanted answers (assistant turns) within max_length.")
     if stats.truncated or stats.dropped:
         warnings.warn(lost, stacklevel=2)
-    return (_Stored(rows.source, encoded_rows, max_length) if stored else encoded_rows), stats
+    return Encoded(rows, table, kept, max_length), stats
 
 
-class _Stored(Sequence):
-    """Rows of a store, read when they are asked for: states stay on disk, and each worker opens the store itself."""
+@dataclass
+class _Encoder:
+    """What `datasets.map` calls, in as many processes as it is asked to."""
 
-    def __init__(self, store: HiddenStore, indices: list[int], max_length: int | None):
-        self._store, self._indices, self._max_length = store, indices, max_length
+    rows: Rows
+    tokenizer: Any
+    max_length: int | None
+    assistant_only_loss: bool
+    vocab_size: int | None
+    template: ChatTemplate | None = None
+    problems: Problems = field(default_factory=Problems)  # so far in this process
 
-    def __len__(self) -> int:
-        return len(self._indices)
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        if self.template is None:
+            self.template = _template_of(self.tokenizer)
+        out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        some = [self.rows[at] for at in batch["at"]]
+        for at, row, encoded in zip(
+            batch["at"], some, encode_some(some, self.tokenizer, self.assistant_only_loss, self.template), strict=True
+        ):
+            made: dict[str, Any] = {"trained": 0, "tokens": 0, "cut": False}
+            if not isinstance(encoded, ValueError) and self.vocab_size is not None:
+                beyond = max(encoded[0]) >= self.vocab_size
+                encoded = ValueError(_beyond(encoded[0], self.vocab_size)) if beyond else encoded
+            if isinstance(encoded, ValueError):
+                made["problem"] = str(encoded)
+                self.problems.add(f"{self.rows.where(at)}: {encoded}")
+            else:
+                ids, spans = encoded
+                end = len(ids) if self.max_length is None else min(len(ids), self.max_length)
+                # the first token of a row has nothing before it that could predict it
+                counts = (min(behind, end) - max(begin, 1) for begin, behind in zip(spans[::2], spans[1::2]))
+                made |= {"trained": sum(max(count, 0) for count in counts), "tokens": end, "cut": end < len(ids)}
+                if row.get("input_ids") is None:
+                    made |= {"input_ids": ids[:end], "spans": [min(place, end) for place in spans]}
+            for name in COLUMNS:
+                out[name].append(made.get(name))
+        return out
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        return _cut(_encode_plain(self._store[self._indices[index]], "input_ids", None), self._max_length)
 
-
-def _encode_some(
+def encode_some(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, assistant_only_loss: bool, template: ChatTemplate | None
-) -> list[dict[str, Any] | ValueError]:
-    """Each row encoded, or what is wrong with it. Conversations are tokenized together: one call for all of them."""
+) -> list[Tokens | ValueError]:
+    """Each row's tokens and trained spans, or what is wrong with it. Conversations are tokenized in one call."""
     out: list[Any] = []
     texts, spans, places = [], [], []
     for at, row in enumerate(rows):
@@ -137,11 +230,11 @@ def _encode_some(
                 out.append(_encode_plain(row, form, tokenizer))
         except ValueError as error:
             out.append(error)
-    for at, (ids, mask) in zip(places, template.encode(texts, spans) if texts else (), strict=True):
-        out[at] = _labelled(ids, mask)
+    for at, encoded in zip(places, template.encode(texts, spans) if texts else (), strict=True):
+        out[at] = encoded
     return [
         ValueError(f"got a row of {detect_form(rows[at])!r} that encodes to no token, wanted at least one")
-        if isinstance(encoded, dict) and not encoded["input_ids"]
+        if not isinstance(encoded, ValueError) and not encoded[0]
         else encoded
         for at, encoded in enumerate(out)
     ]
@@ -159,31 +252,53 @@ def _chat(row: Mapping[str, Any], form: str, template: ChatTemplate, assistant_o
     return text, [(start, len(text))]
 
 
-def _encode_plain(row: Mapping[str, Any], form: str, tokenizer: Any) -> dict[str, Any]:
+def _encode_plain(row: Mapping[str, Any], form: str, tokenizer: Any) -> Tokens:
     """A row of text or of ready ids."""
     if form == "input_ids":
         ids = list(as_list(row["input_ids"]))
-        kept = {name: list(as_list(row[name])) for name in KEPT_COLUMNS if row.get(name) is not None}
-        if row.get("hidden_states") is not None:
-            kept["hidden_states"] = row["hidden_states"]
-        return kept | _labelled(ids, _ready_mask(row, len(ids)))
+        spans, at = [], 0
+        for trained, run in groupby(_ready_mask(row, len(ids))):
+            behind = at + len(list(run))
+            spans += [at, behind] if trained else []
+            at = behind
+        return ids, spans
     if form == "text":
         ids = _with_eos(_text_ids(row["text"], tokenizer), tokenizer)
-        return _labelled(ids, [1] * len(ids))
+        return ids, [0, len(ids)]
     if form == "prompt":
         raise ValueError("got a prompt without an answer, wanted a 'completion' too; or let the target answer first")
-    return _labelled(*_encode_completion(row["prompt"], row["completion"], tokenizer))
+    return _encode_completion(row["prompt"], row["completion"], tokenizer)
 
 
-def _labelled(ids: list[int], mask: list[int]) -> dict[str, Any]:
-    labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
+def labelled(encoded: Tokens) -> dict[str, Any]:
+    """A row as trainers take it."""
+    ids, spans = encoded
+    labels = [IGNORE_INDEX] * len(ids)
+    for begin, behind in zip(spans[::2], spans[1::2], strict=True):
+        labels[begin:behind] = ids[begin:behind]
     return {"input_ids": ids, "labels": labels}
 
 
-def _cut(encoded: dict[str, Any], max_length: int | None) -> dict[str, Any]:
-    if max_length is None or len(encoded["input_ids"]) <= max_length:
-        return encoded
-    return {name: values[:max_length] for name, values in encoded.items()}
+def _ready(row: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
+    """A row of ready ids as trainers take it, with what it keeps. Labels that are given stay what they are."""
+    ids = list(as_list(row["input_ids"]))
+    labels = ids if row.get("labels") is None else as_list(row["labels"])
+    mask = _ready_mask(row, len(ids))
+    ready: dict[str, Any] = {"input_ids": ids}
+    ready["labels"] = [label if kept else IGNORE_INDEX for label, kept in zip(labels, mask, strict=True)]
+    ready |= {name: list(as_list(row[name])) for name in KEPT_COLUMNS if row.get(name) is not None}
+    if row.get("hidden_states") is not None:
+        ready["hidden_states"] = row["hidden_states"]
+    return {name: values[:max_length] for name, values in ready.items()}
+
+
+def _column(table: Any, name: str) -> Any:
+    return table.data.column(name).to_numpy()
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not the loader's workers, which share the folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _template_of(tokenizer: Any) -> ChatTemplate | None:
@@ -295,7 +410,7 @@ def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> Tokens:
     prompt_ids = _text_ids(prompt, tokenizer)
     ids = _with_eos(_text_ids(prompt + completion, tokenizer), tokenizer)
     start = 0
@@ -303,4 +418,4 @@ def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[li
         start += 1
     if start < len(prompt_ids):
         warn_merged()  # as TRL: the pair is encoded in one piece, and a token that spans both belongs to the completion
-    return ids, [0] * start + [1] * (len(ids) - start)
+    return ids, [start, len(ids)]

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from foretell.data.cache import HiddenStore
 from foretell.data.collate import MTPCollator, pack, to_batch
-from foretell.data.formats import Rows, load_rows
+from foretell.data.formats import Part, Rows, load_rows
 from foretell.data.prompts import encode_rows
 from foretell.methods.base import REREADS
 from foretell.models.target import Target
@@ -63,6 +63,7 @@ class MTPTrainingArguments(MTPArguments, TrainingArguments):
         default=False,
         metadata={"help": "Leave out rows that cannot be encoded; they are counted, the first named."},
     )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that encode rows."})
 
     def problems(self) -> list[str]:
         """See MTPArguments."""
@@ -175,13 +176,13 @@ class MTPTrainer(MTPTraining):
         if self._encode.args[1] is None and any("input_ids" not in row for row in load_rows(dataset)[:1]):
             raise ValueError(f"{what}: text needs processing_class (the tokenizer); or give rows with input_ids.")
         out, self.encoding = self._encode(dataset)
-        longest = max((len(row["input_ids"]) for row in out), default=0)
+        longest = int(out.lengths.max())
         if longest < self._shortest:
             raise ValueError(
                 f"{what}: the longest of {len(out)} usable rows has {longest} tokens, but depth "
                 f"{mtp.mtp_config.depth} needs at least {self._shortest}: give longer rows or a smaller depth."
             )
-        long_enough = [row for row in out if len(row["input_ids"]) >= region] if region and train else out
+        long_enough = out.part(out.lengths >= region) if region and train else out
         if len(long_enough) < len(out):
             if not long_enough:
                 raise ValueError(
@@ -235,21 +236,22 @@ class MTPTrainer(MTPTraining):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
-def _encode(vocab_size: int, tokenizer: Any, args: MTPTrainingArguments, rows: Any) -> tuple[Any, Any]:
-    limit, only = args.max_length or 2**31, args.assistant_only_loss
-    return encode_rows(rows, tokenizer, limit, only, vocab_size, args.skip_bad_rows)
+def _encode(vocab_size: int, tokenizer: Any, args: MTPTrainingArguments, rows: Any, stream: bool = False) -> Any:
+    only, skip, processes = args.assistant_only_loss, args.skip_bad_rows, None if stream else args.num_proc
+    return encode_rows(rows, tokenizer, args.max_length, only, vocab_size, skip, processes, may_be_empty=stream)
 
 
 class _Stream(IterableDataset):
     """Rows of a stream, encoded as they come; with a length packed, so many at a time."""
 
-    def __init__(self, rows: Any, encode: Callable[[Any], Any], length: int | None, shortest: int) -> None:
+    def __init__(self, rows: Any, encode: Callable[..., Any], length: int | None, shortest: int) -> None:
         self.rows, self.encode, self.length, self.shortest = rows, encode, length, shortest
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = iter(self.rows)
+        rows, first = iter(self.rows), 1
         while some := list(itertools.islice(rows, STREAM_ROWS)):
-            encoded = [row for row in self.encode(some)[0] if len(row["input_ids"]) >= self.shortest]
+            encoded, _ = self.encode(Part(some, "stream", "row", first), stream=True)
+            encoded, first = encoded.part(encoded.lengths >= self.shortest), first + len(some)
             yield from encoded if self.length is None else pack(encoded, self.length)
 
     def set_epoch(self, epoch: int) -> None:

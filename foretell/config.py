@@ -327,7 +327,10 @@ def _read_flags(classes: Sequence[type], argv: Sequence[str], problems: list[str
         word = words.pop(0)
         if not word.startswith("--"):
             if bare:
-                entries.append(Entry(bare[0], bare.pop(0), word, True))
+                several = itertools.takewhile(lambda word: not word.startswith("--"), words)
+                given = [word, *several] if _takes(hints[bare[0]], *LISTS) else [word]
+                del words[: len(given) - 1]
+                entries.append(Entry(bare[0], bare.pop(0), given if len(given) > 1 else word, True))
             else:
                 problems.append(f"{word}: no flag stands before it, wanted --name {word}")
             continue

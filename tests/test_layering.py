@@ -43,6 +43,7 @@ RIM = {
     "matplotlib": {"evaluation"},
     "scipy": {"evaluation"},
     "triton": {"ops"},
+    "datasketch": {"data"},
     "liger_kernel": {"ops"},
 }
 NAMED = re.compile(r"foretell((?:\.\w+)+)(?::\w+)?")

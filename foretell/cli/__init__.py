@@ -13,6 +13,7 @@ from foretell.config import nearest
 # verb: (module:function, what --help says). The function takes the words after the verb.
 VERBS = {
     "train": ("foretell.cli.train:main", "train an MTP module for a target model"),
+    "prompts": ("foretell.cli.prompts:main", "any source of prompts to one clean file"),
     "sft": ("foretell.cli.sft:main", "TRL's `trl sft`, with multi-token prediction (--mtp_enabled)"),
     "generate": ("foretell.cli.generate:main", "decode with an MTP module, losslessly"),
     "inspect": ("foretell.cli.inspect:main", "say what is in a folder: method, sizes, memory, provenance"),

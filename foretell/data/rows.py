@@ -53,7 +53,7 @@ def check_row(row: Any) -> str:
         raise ValueError(f"got {_shown(row)}, wanted an object with {WANTED}")
     form = detect_form(row)
     if form == "messages":
-        _check_messages("messages", row["messages"])
+        check_messages("messages", row["messages"])
     elif form == "text":
         _check_string("text", row["text"])
     elif form == "input_ids":
@@ -63,9 +63,9 @@ def check_row(row: Any) -> str:
         if form == "prompt_completion":
             _check_string("completion", row["completion"])
     else:
-        _check_messages("prompt", row["prompt"])
+        check_messages("prompt", row["prompt"])
         if form == "prompt_completion":
-            _check_messages("completion", row["completion"])
+            check_messages("completion", row["completion"])
     return form
 
 
@@ -86,7 +86,8 @@ def _check_string(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got an empty string, wanted text")
 
 
-def _check_messages(name: str, messages: Any) -> None:
+def check_messages(name: str, messages: Any) -> None:
+    """Raise ValueError where these are no messages."""
     if not isinstance(messages, list | tuple):
         raise ValueError(f"{name}: got {_shown(messages)}, wanted a list of {{'role', 'content'}}")
     if not messages:

@@ -41,7 +41,7 @@ def states(Hq: int, H: int, R: int, L: int, seed: int = 0) -> tuple[Tensor, Tens
 
 def module_of(Hq: int, H: int, masks: RowMasks | None = None) -> nn.Module:
     module = nn.Module().eval()
-    module.num_key_value_groups, module.head_dim = Hq // H, 8
+    module.num_key_value_groups, module.head_dim, module.layer_idx = Hq // H, 8, 0
     module.sinks = torch.linspace(-1, 2, Hq)
     if masks is not None:
         module.__dict__["foretell_masks"] = masks

@@ -23,12 +23,12 @@ from foretell.decoding.policies import LOSSY
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.decoding.verify import verify, verify_greedy
-from foretell.models.slot_cache import SlotCache
+from foretell.models.slot_cache import STEP_ROWS, SlotCache
 from foretell.models.target import Target, TargetRows
 from foretell.ops.tree import lay_masks
 from foretell.types import Draft, Drafter, SequenceState, Verdict, Verification, Watcher
 
-PREFILL_ROWS = 512  # rows a sequence in one prefill forward: longer prompts are read in exact chunks
+PREFILL_ROWS = STEP_ROWS  # rows a sequence in one prefill forward: longer prompts are read in exact chunks
 PREFILL_TOKENS = 4096  # rows of all sequences in one prefill forward
 
 
@@ -107,7 +107,7 @@ class Run:
         """The whole run: rounds, until every sequence has ended."""
         rules = self.rules
         self.target.refresh(rules.max_tokens)
-        self.cache.open()
+        self.cache.open(self.target.windows)
         longest = self.adaptive.longest if self.adaptive is not None else self.length
         for watcher in self.watchers:
             watcher.open(self.slots, rules.max_tokens + longest)  # drafts may be accepted beyond a text's end

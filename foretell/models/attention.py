@@ -36,6 +36,7 @@ class RowMasks(OfThread):
         self.document_BT: Tensor | None = None
         self.parents_BR: Tensor | None = None
         self.full = False
+        self.noted: dict[int, int] = {}  # by layer, the window through which it attends; see `note`
         self._made: dict[object, Tensor | None] = {}
         self._bands: dict[object, Tensor] = {}
 
@@ -49,13 +50,14 @@ class RowMasks(OfThread):
         valid_rows_B: Tensor | None = None,
         full: bool = False,
         start: int | None = None,
+        columns: dict[int, Tensor] | None = None,
     ) -> None:
         """parents_BR None is a chain of valid_rows_B rows; full says that every row sees every column (no mask). start:
-        the length of all sequences, if that is one and no row is padding.
+        the length of all sequences, if that is one and no row is padding. columns: see SlotCache.
         """
         self.lengths_B, self.visible, self.rows = lengths_B, visible, rows
         self.parents_BR, self.valid_rows_B, self.full = parents_BR, valid_rows_B, full
-        self.document_BT = None
+        self.document_BT, self._columns = None, columns or {}
         self._made = {}
         alike = start is not None and parents_BR is None and valid_rows_B is None and start + rows == visible
         self._is_band = alike and rows <= _BAND_ROWS
@@ -83,12 +85,15 @@ class RowMasks(OfThread):
         if key not in self._made:
             if self.document_BT is not None:
                 mask_BRL = document_mask(self.document_BT, window=window)
-            elif self.parents_BR is None:
-                mask_BRL = chain_mask(self.rows, self.lengths_B, self.visible, self.valid_rows_B, window=window)
             else:
-                mask_BRL = row_mask(self.parents_BR, self.lengths_B, self.visible, window=window)
+                mask_BRL = self._seen(self._columns.get(window, self.visible), window)
             self._made[key] = _widened(mask_BRL[:, None], groups, additive)
         return self._made[key]
+
+    def _seen(self, columns: int | Tensor, window: int | None = None) -> Tensor:
+        if self.parents_BR is None:
+            return chain_mask(self.rows, self.lengths_B, columns, self.valid_rows_B, window=window)
+        return row_mask(self.parents_BR, self.lengths_B, columns, window=window)
 
     def _band(self, groups: int, additive: torch.dtype | None) -> Tensor:
         """[1, 1, G * R, W] the end of what a chain of R rows sees of any longer past: made once for many steps."""
@@ -117,15 +122,19 @@ class RowMasks(OfThread):
         plain = rule is causal_mask_function
         if self.full and may_skip and (plain or (size is not None and self.visible <= size)):
             return None
-        hidden_none = torch.ones(len(self.lengths_B), 1, self.rows, self.visible, dtype=torch.bool)
-        seen_B1RL = hidden_none.to(self.lengths_B.device) if self.full else self.get(None, 1)
+        columns = self._columns.get(size, self.visible)
+        seen_B1RL = self._seen(columns)[:, None] if self.full or isinstance(columns, Tensor) else self.get(None, 1)
         if plain:
+            self._made["size", id(seen_B1RL)] = seen_B1RL, None
             return seen_B1RL
         depth_BR = torch.arange(self.rows, device=self.lengths_B.device)[None]
         depth_BR = depth_BR if self.parents_BR is None else depths(self.parents_BR)
-        at_BR, position_BL = positions(depth_BR, self.lengths_B, self.visible)
+        at_BR, position_BL = positions(depth_BR, self.lengths_B, columns)
         batch_B = torch.arange(len(at_BR), device=at_BR.device)[:, None, None, None]
-        return seen_B1RL & rule(batch_B, torch.zeros_like(batch_B), at_BR[:, None, :, None], position_BL[:, None, None])
+        allowed = rule(batch_B, torch.zeros_like(batch_B), at_BR[:, None, :, None], position_BL[:, None, None])
+        mask_B1RL = seen_B1RL & allowed
+        self._made["size", id(mask_B1RL)] = mask_B1RL, size
+        return mask_B1RL
 
     def widened(self, mask: Tensor, groups: int, additive: torch.dtype | None) -> Tensor:
         """A mask [B, 1, R, L] that the model hands over, as `get` would give it: made once for all its layers."""
@@ -133,6 +142,13 @@ class RowMasks(OfThread):
         if key not in self._made:
             self._made[key] = mask, _widened(mask, groups, additive)  # kept, so that no other gets its id
         return self._made[key][1]
+
+    def note(self, layer: int, mask: Tensor | None, window: int | None) -> None:
+        """Remember the window through which a layer attends now, 0 for none: that of the mask that a model hands over.
+        -1: a mask that is not ours any more.
+        """
+        _, size = (mask, window) if mask is None else self._made.get(("size", id(mask)), (mask, -1))
+        self.noted[layer] = (size or 0) if self.noted.get(layer, size) == size else -1
 
     def first(self, mask: Tensor | None) -> int:
         """The first column that any row sees by a mask of this step: what lies before a window is not even read."""
@@ -201,6 +217,8 @@ def foretell_attention(
     if indices is not None and not chains:  # those speak of this pass's rows alone
         chosen_B1RL = torch.zeros(B, 1, R, key.shape[2], dtype=torch.bool, device=key.device)
         attention_mask = attention_mask & chosen_B1RL.scatter_(-1, indices[:, None].long(), True)
+    if masks is not None:
+        masks.note(module.layer_idx, attention_mask, sliding_window)
     if attention_mask is not None:
         mask = (_widened if masks is None or chains else masks.widened)(attention_mask, G, additive)
     elif masks is not None:

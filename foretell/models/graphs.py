@@ -45,8 +45,8 @@ class StaticSteps:
 
     def __init__(self, forward: Callable[..., Any], replayed: bool) -> None:
         self.forward, self.replayed = forward, replayed
-        # recorded kernels write into one cache's storage, as it was laid out: (layout, steps) of each cache in use
-        self._of: WeakKeyDictionary[SlotCache, tuple[int, dict[_Key, _Step]]] = WeakKeyDictionary()
+        # recorded kernels write into one cache's storage, as it was laid out: (addresses, steps) of each cache in use
+        self._of: WeakKeyDictionary[SlotCache, tuple[tuple[int, ...], dict[_Key, _Step]]] = WeakKeyDictionary()
 
     def takes(self, sequences: int, rows: int) -> bool:
         """Whether a step of this size is worth recording."""
@@ -66,8 +66,8 @@ class StaticSteps:
         """The forward's states; they are overwritten by the next step of the same shape."""
         B, R = ids_BR.shape
         cache.reserve(cache.slots, visible)
-        layout, steps = self._of.get(cache, (None, {}))
-        steps = steps if layout == cache.layout else {}
+        addresses, steps = self._of.get(cache, ((), {}))
+        steps = steps if addresses == cache.addresses else {}
         sequences = min(1 << (B - 1).bit_length(), cache.slots)
         columns = min(-(-visible // COLUMNS) * COLUMNS, cache.capacity)
         key = (sequences, R, columns, parents_BR is not None)
@@ -83,7 +83,7 @@ class StaticSteps:
         if step.parents_BR is not None:
             step.parents_BR[:B] = parents_BR
         step.run()
-        self._of[cache] = (cache.layout, steps)  # a first step has made the storage
+        self._of[cache] = (cache.addresses, steps)  # a first step has made the storage
         return step.out
 
     def _make(self, like_BR: Tensor, cache: SlotCache, key: _Key) -> _Step:

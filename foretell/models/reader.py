@@ -208,6 +208,8 @@ class RowReader:
                 self._dress(self._copy.tree)
                 if structure not in self._verdicts:
                     self._judge(structure)
+                if structure in self._verdicts and self._copy.tree is not None:
+                    self._copy.tree.__dict__["foretell_windows"] = self._verdicts[structure].windows
                 give_back()
             assert self._copy.tree is not None
             return self._copy.tree
@@ -247,6 +249,16 @@ class RowReader:
                     stacklevel=2,
                 )
             self._verdicts[structure] = verdict
+
+    @property
+    def windows(self) -> dict[int, int]:
+        """Of each layer that never looks further back, how far it looks: what a cache need not keep."""
+        return self.view().__dict__["foretell_windows"]
+
+    def windows_noted(self) -> dict[int, int]:
+        """`windows` as of what the layers' attention was told since somebody asked; none if a mask is not ours."""
+        noted, self._masks.noted = self._masks.noted, {}
+        return {} if -1 in noted.values() else {layer: size for layer, size in noted.items() if size}
 
     @contextmanager
     def bare(self, tree: nn.Module) -> Iterator[None]:
@@ -302,6 +314,7 @@ class RowReader:
         read_as: how long each sequence's text was when the first of it was read; see TextLengths.of.
         """
         B, R = input_ids_BR.shape
+        cache.make_room(first, lengths_B, R)
         if position_ids_BR is None:
             position_ids_BR = lengths_B[:, None] + torch.arange(R, device=lengths_B.device)
         static = self.static
@@ -345,7 +358,7 @@ class RowReader:
         if masks["valid_rows_B"] is not None:
             valid_BR = torch.arange(R, device=lengths_B.device) < masks["valid_rows_B"][:, None]
         cache.begin(first, lengths_B, valid_BR, R, visible, masks.get("start"))
-        self._masks.begin(lengths_B, visible, R, **masks)
+        self._masks.begin(lengths_B, visible, R, columns=cache.columns(), **masks)
         decoder = view.get_decoder()
         bare = self.mask_rows is None or self._now.bare
         with self._masks.asked(), nullcontext() if bare else self.mask_rows.through(steps_BR):

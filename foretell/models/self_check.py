@@ -39,6 +39,7 @@ class Verdict:
     differs: str = ""
     layer: str = ""
     within: int | None = None
+    windows: dict[int, int] = field(default_factory=dict)  # by layer: how far it looks back, where not at everything
     distances: dict[str, float] = field(default_factory=dict)
 
 
@@ -50,7 +51,7 @@ def compare(target: Any, tree: nn.Module, path: str) -> Verdict:
         for probe in range(PROBES):
             ids = few_texts(target, probe)
             wanted = target.outer(input_ids=ids, use_cache=False).logits[:, -T:]
-            verdict.distances, failed = _distances(target, tree, ids, wanted)
+            verdict.distances, failed = _distances(target, tree, ids, wanted, verdict.windows)
             verdict.differs = failed or _worst(verdict.distances, tolerance)
             if not verdict.differs:
                 break
@@ -59,6 +60,9 @@ def compare(target: Any, tree: nn.Module, path: str) -> Verdict:
             return verdict
         for window in sorted(windows_of(target)):
             got, failed = _narrowed(target, tree, ids, wanted, window)
+            if verdict.windows and (failed or _worst(got, tolerance)):  # it asks in which column a key stands
+                verdict.windows = {}
+                got, failed = _narrowed(target, tree, ids, wanted, window, rings=False)
             verdict.distances |= {f"{name}, window": value for name, value in got.items()}
             if failed or _worst(got, tolerance):
                 verdict.within = window
@@ -119,26 +123,38 @@ def at_rest(model: nn.Module) -> Iterator[None]:
                     inside.update(was)
 
 
-def _distances(target: Any, tree: nn.Module, ids: Tensor, wanted: Tensor) -> tuple[dict[str, float], str]:
-    """(the largest distance of a row for each way of reading, what went wrong where something did)."""
+def _distances(
+    target: Any, tree: nn.Module, ids: Tensor, wanted: Tensor, windows: dict[int, int] | None
+) -> tuple[dict[str, float], str]:
+    """(the largest distance of a row for each way of reading, what went wrong where something did). windows: the
+    layers', which are found; None: all is kept, whatever they are.
+    """
     found = {}
     try:
         with target.bare(tree):
-            for name, got, rows in _readings(target, ids, wanted):
+            for name, got, rows in _readings(target, ids, wanted, windows):
                 found[name] = distance(got, rows)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
         return found, f"{type(error).__name__} in the copy's forward: {error}"
     return found, ""
 
 
-def _readings(target: Any, ids: Tensor, wanted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _readings(
+    target: Any, ids: Tensor, wanted: Tensor, windows: dict[int, int] | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     def read(rows: Tensor, done: int, cache: SlotCache, **how: Any) -> Tensor:
         lengths_B = torch.tensor([done], device=ids.device)
         states = target.forward_rows(rows[None], lengths_B, cache, first=1, visible=done + len(rows), **how)
         return target.logits(states.post_norm_BRD, view=True)[0]
 
+    target.windows_noted()
     yield "text", read(ids[0], 0, SlotCache(2, 64)), wanted[0]
     cache, done = SlotCache(2, 64), 0
+    cache.SPARE = STEPS[0]  # so that a narrow window's ring goes round
+    if windows is not None:
+        windows.clear()
+        windows.update(target.windows_noted())
+        cache.open(windows)
     for rows in STEPS:
         got = read(ids[0, done : done + rows], done, cache, full=rows == 1)
         yield f"{rows} rows over a cache", got, wanted[0, done : done + rows]
@@ -171,13 +187,15 @@ def windows_of(target: Any) -> set[int]:
     return {size for name in WINDOWS if isinstance(size := getattr(target.config, name, None), int) and size > 0}
 
 
-def _narrowed(target: Any, tree: nn.Module, ids: Tensor, wanted: Tensor, window: int) -> tuple[dict[str, float], str]:
+def _narrowed(
+    target: Any, tree: nn.Module, ids: Tensor, wanted: Tensor, window: int, rings: bool = True
+) -> tuple[dict[str, float], str]:
     """Model and copy with a window of NARROW in place of theirs, so that a short text meets it."""
 
     by_window = narrowed(target.model, window)(input_ids=ids, use_cache=False).logits
     if torch.equal(by_window, wanted):
         return {}, ""  # no layer of this model looks through it
-    return _distances(target, narrowed(tree, window), ids, by_window)
+    return _distances(target, narrowed(tree, window), ids, by_window, {} if rings else None)
 
 
 def narrowed(module: nn.Module, window: int) -> Any:
@@ -190,7 +208,7 @@ def _first_other_layer(target: Any, tree: Any, ids: Tensor, tolerance: float) ->
     states: list[list[Tensor]] = []
     for layers, read in (
         (target.layers, lambda: target.outer(input_ids=ids[:1], use_cache=False)),
-        (tree.get_decoder().layers, lambda: next(_readings(target, ids, ids))),
+        (tree.get_decoder().layers, lambda: next(_readings(target, ids, ids, None))),
     ):
         seen: list[Tensor] = []
 

@@ -52,16 +52,16 @@ def depths(parents_BR: Tensor) -> Tensor:
     return depth[:, :-1]
 
 
-def row_mask(parents_BR: Tensor, lengths_B: Tensor, total_length: int, window: int | None = None) -> Tensor:
+def row_mask(parents_BR: Tensor, lengths_B: Tensor, columns: int | Tensor, window: int | None = None) -> Tensor:
     """What each row of a forward may see, over the columns of the cache.
 
     Columns [0, lengths_B[b]) hold sequence b's cached tokens (position = column), column lengths_B[b] + r holds row r,
-    the rest nothing. lengths_B[b] + R may not exceed total_length (not checked: that would wait for the device).
+    the rest nothing. lengths_B[b] + R may not exceed their number (not checked: that would wait for the device).
 
     Args:
         parents_BR: [B, R] long, parents of the rows.
         lengths_B: [B] long, tokens in the cache.
-        total_length: L, columns.
+        columns: L, all of them in order; or those that are kept, [B, L] long in any order, negative where none is.
         window: positions: a row at position p sees positions > p - window (transformers' sliding window).
 
     Returns:
@@ -71,27 +71,26 @@ def row_mask(parents_BR: Tensor, lengths_B: Tensor, total_length: int, window: i
         ValueError: there are more rows than columns, or the window is empty.
     """
     R = parents_BR.shape[1]
-    _check_columns(R, total_length, window)
-    column_L = torch.arange(total_length, device=parents_BR.device)
-    row_BL = column_L - lengths_B[:, None]  # the row stored in a column; negative: a cached token
+    column_BL = _columns(R, columns, window, lengths_B)
+    row_BL = column_BL - lengths_B[:, None]  # the row stored in a column; negative: a cached token
     stored_BL = (row_BL >= 0) & (row_BL < R)
     row_BL = row_BL.clamp(0, R - 1)
     tree_BRL = ancestors(parents_BR).gather(2, row_BL[:, None].expand(-1, R, -1)) & stored_BL[:, None]
-    cached_BRL = (column_L < lengths_B[:, None])[:, None] & (parents_BR != PADDING)[..., None]
-    visible_BRL = tree_BRL | cached_BRL
+    cached_BL = (column_BL >= 0) & (column_BL < lengths_B[:, None])
+    visible_BRL = tree_BRL | (cached_BL[:, None] & (parents_BR != PADDING)[..., None])
     if window is not None:
-        at_BR, position_BL = positions(depths(parents_BR), lengths_B, total_length)
+        at_BR, position_BL = positions(depths(parents_BR), lengths_B, column_BL)
         visible_BRL &= position_BL[:, None] > at_BR[..., None] - window
     return visible_BRL
 
 
-def positions(depth_BR: Tensor, lengths_B: Tensor, total_length: int) -> tuple[Tensor, Tensor]:
+def positions(depth_BR: Tensor, lengths_B: Tensor, columns: int | Tensor) -> tuple[Tensor, Tensor]:
     """([B, R] of the rows, [B, L] of what each column holds), with columns as in row_mask. depth_BR may be [1, R]."""
     at_BR, R = lengths_B[:, None] + depth_BR, depth_BR.shape[1]
-    column_L = torch.arange(total_length, device=lengths_B.device)
-    row_BL = column_L - lengths_B[:, None]
+    column_BL = _columns(R, columns, None, lengths_B)
+    row_BL = column_BL - lengths_B[:, None]
     stored_BL = (row_BL >= 0) & (row_BL < R)
-    return at_BR, torch.where(stored_BL, at_BR.gather(1, row_BL.clamp(0, R - 1)), column_L)
+    return at_BR, torch.where(stored_BL, at_BR.gather(1, row_BL.clamp(0, R - 1)), column_BL)
 
 
 # -- masks below rows --------------------------------------------------------------------------------------------------
@@ -135,13 +134,13 @@ def chain(rows: int) -> Tensor:
 
 
 def chain_mask(
-    rows: int, lengths_B: Tensor, total_length: int, valid_rows_B: Tensor | None = None, window: int | None = None
+    rows: int, lengths_B: Tensor, columns: int | Tensor, valid_rows_B: Tensor | None = None, window: int | None = None
 ) -> Tensor:
     """row_mask of chains, in closed form: no work that grows with R^2.
 
     Args:
         rows: R.
-        lengths_B, total_length, window: as in row_mask.
+        lengths_B, columns, window: as in row_mask.
         valid_rows_B: [B] long, sequence b's first valid_rows_B[b] rows are a chain, the rest padding. None: all rows.
 
     Returns:
@@ -150,16 +149,17 @@ def chain_mask(
     Raises:
         ValueError: as row_mask.
     """
-    _check_columns(rows, total_length, window)
-    column_L = torch.arange(total_length, device=lengths_B.device)
+    column_B1L = _columns(rows, columns, window, lengths_B)[:, None]
     row_R = torch.arange(rows, device=lengths_B.device)
     own_BR1 = (lengths_B[:, None] + row_R)[..., None]  # the column, and in a chain also the position, of a row
-    visible_BRL = column_L <= own_BR1
+    visible_BRL = column_B1L <= own_BR1
+    if isinstance(columns, Tensor):
+        visible_BRL &= column_B1L >= 0
     if window is not None:
-        visible_BRL &= column_L > own_BR1 - window
+        visible_BRL &= column_B1L > own_BR1 - window
     if valid_rows_B is not None:
         valid_BR1 = (row_R < valid_rows_B[:, None])[..., None]
-        visible_BRL = torch.where(valid_BR1, visible_BRL, column_L == own_BR1)
+        visible_BRL = torch.where(valid_BR1, visible_BRL, column_B1L == own_BR1)
     return visible_BRL
 
 
@@ -187,8 +187,7 @@ def document_mask(document_BT: Tensor, window: int | None = None) -> Tensor:
     Position t sees s <= t of its own document, with a window only s > t - window; padding sees itself only.
     """
     T = document_BT.shape[1]
-    _check_columns(T, T, window)
-    at_T = torch.arange(T, device=document_BT.device)
+    at_T = _columns(T, T, window, document_BT)[0]
     behind_TT = at_T[:, None] - at_T
     causal_TT = (behind_TT >= 0) if window is None else (behind_TT >= 0) & (behind_TT < window)
     same_BTT = document_BT[:, :, None] == document_BT[:, None]
@@ -281,10 +280,11 @@ def _rounds(rows: int) -> int:
     return max(rows - 1, 0).bit_length()
 
 
-def _check_columns(rows: int, columns: int, window: int | None) -> None:
-    if rows > columns:
-        raise ValueError(
-            f"got {rows} rows for {columns} columns, wanted a column for each row's key: raise total_length."
-        )
+def _columns(rows: int, columns: int | Tensor, window: int | None, like: Tensor) -> Tensor:
+    """[1, L] or [B, L] columns, as row_mask takes them."""
+    count = columns.shape[1] if isinstance(columns, Tensor) else columns
+    if rows > count:
+        raise ValueError(f"got {rows} rows for {count} columns, wanted a column for each row's key: give more columns.")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 position (a row sees itself), got {window}; None is no window.")
+    return columns if isinstance(columns, Tensor) else torch.arange(columns, device=like.device)[None]

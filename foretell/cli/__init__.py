@@ -15,6 +15,8 @@ VERBS = {
     "train": ("foretell.cli.train:main", "train an MTP module for a target model"),
     "prompts": ("foretell.cli.prompts:main", "any source of prompts to one clean file"),
     "sft": ("foretell.cli.sft:main", "TRL's `trl sft`, with multi-token prediction (--mtp_enabled)"),
+    "regenerate": ("foretell.cli.regenerate:main", "let a model answer prompts: data to train on"),
+    "cache": ("foretell.cli.cache:main", "encoded rows that are kept: list, verify, remove"),
     "generate": ("foretell.cli.generate:main", "decode with an MTP module, losslessly"),
     "inspect": ("foretell.cli.inspect:main", "say what is in a folder: method, sizes, memory, provenance"),
     "demo": ("foretell.cli.demo:main", "train and compare on a real model, on this machine, in minutes"),

@@ -97,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             "output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR."
         )
+    from foretell.data.encoded_cache import default_root
     from foretell.data.formats import load_rows
     from foretell.data.prompts import encode_rows
     from foretell.data.rows import detect_form
@@ -124,7 +125,8 @@ def main(argv: Sequence[str]) -> int:
 
     def encoded(rows: Any) -> Any:
         vocab_size, skip = mtp.target.vocab_size, args.skip_bad_rows
-        return encode_rows(rows, reader, args.max_length, args.assistant_only_loss, vocab_size, skip)[0]
+        settings = (args.max_length, args.assistant_only_loss, vocab_size, skip, args.num_proc)
+        return encode_rows(rows, reader, *settings, cache=default_root())[0]
 
     def answered(rows: Any) -> Any:
         return regenerate(

@@ -14,11 +14,13 @@ at any moment loses at most the answer it was writing, and the next run goes on 
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
 import sys
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ class HiddenStore(Sequence):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "meta.json").exists():
-            _check_meta(folder, _read_meta(folder), meta)
+            check_meta(folder, _read_meta(folder), meta)
         elif (folder / "rows.jsonl").exists():
             raise ValueError(f"{folder}: got rows.jsonl without meta.json, wanted a whole store or an empty folder.")
         else:
@@ -171,7 +173,7 @@ class HiddenStore(Sequence):
             os.ftruncate(self._hidden_file, self._hidden_tokens * self._token_bytes)
 
     def append(
-        self, key: str, input_ids: Sequence[int], labels: Sequence[int], hidden_TD: Tensor | None = None
+        self, key: str, input_ids: Sequence[int], labels: Sequence[int], hidden_TD: Tensor | None = None, **more: Any
     ) -> None:
         """Add one finished answer. When this returns, a kill of the process can no longer lose it.
 
@@ -180,6 +182,7 @@ class HiddenStore(Sequence):
             input_ids: T tokens, prompt and answer.
             labels: T token-aligned labels.
             hidden_TD: states of these T tokens; wanted exactly where the store has a width.
+            more: further columns of the row, plain values.
 
         Raises:
             ValueError: the key is done, or sizes do not fit.
@@ -193,7 +196,7 @@ class HiddenStore(Sequence):
         if not input_ids or len(labels) != len(input_ids):
             raise ValueError(f"{key!r}: got {len(input_ids)} input_ids and {len(labels)} labels, wanted T > 0 of each.")
         payload = self._payload(key, len(input_ids), hidden_TD)
-        row: dict[str, Any] = {"key": key, "input_ids": input_ids, "labels": labels}
+        row: dict[str, Any] = {"key": key, "input_ids": input_ids, "labels": labels, **more}
         if self.width is not None:
             row |= {"offset": self._hidden_tokens, "length": len(input_ids)}
         line = json.dumps(row).encode() + b"\n"
@@ -254,8 +257,7 @@ class HiddenStore(Sequence):
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows without their hidden states."""
         for index in range(len(self)):
-            row = self._row(index)
-            yield {name: row[name] for name in ("key", "input_ids", "labels")}
+            yield {name: value for name, value in self._row(index).items() if name not in ("offset", "length")}
 
     def _row(self, index: int) -> dict[str, Any]:
         if self._rows_file is None:
@@ -281,6 +283,48 @@ class HiddenStore(Sequence):
     def __reduce__(self):
         # workers of a data loader get a reader of their own
         return HiddenStore.load, (self.folder, self.keys())
+
+
+class JoinedStore(HiddenStore):
+    """Several stores of one kind, read as one."""
+
+    def __init__(self, parts: Sequence[HiddenStore]) -> None:
+        self.parts = list(parts)
+        for part in self.parts[1:]:
+            check_meta(part.folder, part.meta, self.parts[0].meta)
+        self.folder, self.meta = self.parts[0].folder, self.parts[0].meta
+        self.width, self.dtype = self.parts[0].width, self.parts[0].dtype
+        self._ends = list(itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in part for part in self.parts)
+
+    def keys(self) -> list[str]:
+        """See HiddenStore."""
+        return [key for part in self.parts for key in part.keys()]  # noqa: SIM118 (not a dict)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of stores with {len(self)} rows")
+        at = bisect_right(self._ends, index % len(self))
+        return self.parts[at][index % len(self) - (self._ends[at - 1] if at else 0)]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """See HiddenStore."""
+        return itertools.chain.from_iterable(part.rows() for part in self.parts)
+
+    def close(self) -> None:
+        """See HiddenStore."""
+        for part in self.parts:
+            part.close()
+
+    def __reduce__(self):
+        return JoinedStore, (self.parts,)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -330,7 +374,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _check_meta(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_meta(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     absent = "(absent)"
     pairs = [(name, found[name], wanted[name]) for name in ("dtype", "width")]
     old, new = found["fingerprint"], wanted["fingerprint"]

@@ -22,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from foretell.data.answers import kept_states
 from foretell.data.rows import check_row
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -180,6 +181,8 @@ def open_source(source: Any, split: str, problems: Problems) -> tuple[list[Part]
     """
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
+        if path.is_dir() and (store := kept_states(path)) is not None:
+            return [Part(store, str(path))], str(path)
         if path.is_dir() and not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             parts = [_open_file(file, problems) for file in _files_of(path, split)]
             return [part for part in parts if part is not None], str(path)

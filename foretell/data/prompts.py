@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from foretell.data.chat import ChatTemplate, Span, chat_ids, warn_merged, without_none
+from foretell.data.encoded_cache import kept_table, rows_hash, tokenizer_hash
 from foretell.data.formats import Problems, Rows, bars, load_rows
 from foretell.data.rows import MASKS, as_list, detect_form
 from foretell.types import IGNORE_INDEX
@@ -91,6 +92,7 @@ def encode_rows(
     skip_bad: bool | int = False,
     num_proc: int | None = None,
     may_be_empty: bool = False,
+    cache: str | Path | None = None,
 ) -> tuple[Encoded, EncodeStats]:
     """Encode rows of any form (see `foretell.data.rows`) for training.
 
@@ -109,6 +111,7 @@ def encode_rows(
             number: so many at most.
         num_proc: processes that encode, of `datasets.map`.
         may_be_empty: no row left is no error.
+        cache: folder of an encoded_cache: what it has is not encoded again. Not for ready rows.
 
     Returns:
         The encoded rows, list-like, and what became of all of them. A row has `input_ids` and `labels`, lists of T; of
@@ -117,35 +120,28 @@ def encode_rows(
     Raises:
         ValueError: rows that cannot be encoded, up to ten at once, each with its place; or no row left.
     """
-    import datasets
-
-    values = {name: datasets.Value(dtype) for name, dtype in COLUMNS.items()}
-    features = {name: datasets.List(value) if name in LISTS else value for name, value in values.items()}
     rows = load_rows(rows, skip_bad=skip_bad, may_be_empty=may_be_empty)
     encode = _Encoder(rows, tokenizer, max_length, assistant_only_loss, vocab_size)
     encode.problems = Problems(skip_bad and True)
-    table, many = datasets.Dataset.from_dict({"at": range(len(rows))}), len(rows) > ROWS_IN_MEMORY
-    folder = Path(tempfile.mkdtemp(prefix="foretell-")) if many else None
-    with bars(many):
-        table = table.map(
-            encode,
-            batched=True,
-            batch_size=BATCH,
-            num_proc=num_proc,
-            remove_columns=["at"],
-            features=datasets.Features(features),
-            cache_file_name=None if folder is None else str(folder / "rows.arrow"),
-            load_from_cache_file=False,
-            new_fingerprint=uuid.uuid4().hex,  # or datasets would hash all that the encoder holds
-            desc="encoding rows",
-        )
-    if not len(rows):  # of which map makes no columns
-        table = datasets.Dataset.from_dict({name: [] for name in features}, datasets.Features(features))
-    if folder is not None:
-        weakref.finalize(table, _remove, folder, os.getpid())
-    problems, bad = Problems(skip_bad), table.data.column("problem").is_valid().to_numpy()
-    for index in bad.nonzero()[0].tolist():
-        problems.add(f"{rows.where(index)}: {table[index]['problem']}")
+    if cache is None or not len(rows) or rows[0].get("input_ids") is not None:
+        table = _table(rows, encode, num_proc)
+    else:
+        settings = {
+            "rows": rows_hash(rows),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "max_length": max_length,
+            "assistant_only_loss": assistant_only_loss,
+            "vocab_size": vocab_size,
+            "skip_bad": bool(skip_bad),
+        }
+
+        def make() -> Any:
+            table = _table(rows, encode, num_proc)
+            _problems_of(rows, table, skip_bad).close()  # bad rows are said, not kept
+            return table
+
+        table = kept_table(cache, settings, make)
+    problems = _problems_of(rows, table, skip_bad)
     problems.close()
     trained, tokens = _column(table, "trained"), _column(table, "tokens")
     kept = (trained > 0).nonzero()[0]
@@ -167,6 +163,41 @@ def encode_rows(
     if stats.truncated or stats.dropped:
         warnings.warn(lost, stacklevel=2)
     return Encoded(rows, table, kept, max_length), stats
+
+
+def _table(rows: Rows, encode: _Encoder, num_proc: int | None) -> Any:
+    """A row of COLUMNS for each of rows."""
+    import datasets
+
+    values = {name: datasets.Value(dtype) for name, dtype in COLUMNS.items()}
+    features = {name: datasets.List(value) if name in LISTS else value for name, value in values.items()}
+    table, many = datasets.Dataset.from_dict({"at": range(len(rows))}), len(rows) > ROWS_IN_MEMORY
+    folder = Path(tempfile.mkdtemp(prefix="foretell-")) if many else None
+    with bars(many):
+        table = table.map(
+            encode,
+            batched=True,
+            batch_size=BATCH,
+            num_proc=num_proc,
+            remove_columns=["at"],
+            features=datasets.Features(features),
+            cache_file_name=None if folder is None else str(folder / "rows.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=uuid.uuid4().hex,  # or datasets would hash all that the encoder holds
+            desc="encoding rows",
+        )
+    if not len(rows):  # of which map makes no columns
+        table = datasets.Dataset.from_dict({name: [] for name in features}, datasets.Features(features))
+    if folder is not None:
+        weakref.finalize(table, _remove, folder, os.getpid())
+    return table
+
+
+def _problems_of(rows: Rows, table: Any, skip_bad: bool | int) -> Problems:
+    problems, bad = Problems(skip_bad), table.data.column("problem").is_valid().to_numpy()
+    for index in bad.nonzero()[0].tolist():
+        problems.add(f"{rows.where(index)}: {table[index]['problem']}")
+    return problems
 
 
 @dataclass
@@ -242,7 +273,7 @@ def encode_some(
 
 def _chat(row: Mapping[str, Any], form: str, template: ChatTemplate, assistant_only: bool) -> tuple[str, list[Span]]:
     """A conversation as text, and the spans of it that are trained."""
-    arguments = _template_arguments(row)
+    arguments = template_arguments(row)
     prompt = list(row["prompt"]) if form == "prompt_completion" else []
     messages = [*prompt, *row["completion"]] if prompt else row["messages"]
     if assistant_only:
@@ -350,7 +381,7 @@ def encode_prompt(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
         return _text_ids(prompt, tokenizer)
     if isinstance(prompt[0], int):
         return prompt
-    return chat_ids(prompt, tokenizer, add_generation_prompt=True, **_template_arguments(row))
+    return chat_ids(prompt, tokenizer, add_generation_prompt=True, **template_arguments(row))
 
 
 def encode_prompts(
@@ -388,7 +419,7 @@ def _ready_mask(row: Mapping[str, Any], length: int) -> list[int]:
     return mask
 
 
-def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     """What TRL's rows may carry for the chat template beside the messages."""
     tools = row.get("tools")
     arguments = dict(row.get("chat_template_kwargs") or {})

@@ -34,6 +34,8 @@ def detect_form(row: Mapping[str, Any]) -> str:
     forms = [form for form, columns in FORMS.items() if columns <= present]
     if len(forms) == 1:
         return forms[0]
+    if "input_ids" in forms and {"messages", "labels"} <= present:
+        return "input_ids"  # encoded, and what is trained is said; the messages are for people
     if len(forms) > 1:
         columns = sorted(set().union(*(FORMS[form] for form in forms)))
         raise ValueError(f"ambiguous row: got the columns {columns}, wanted one form only; drop all but one")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from foretell.data.cache import HiddenRecorder, HiddenStore
 from foretell.data.prompts import encode_prompts, encode_rows
@@ -111,9 +112,9 @@ def regenerate(
     if together is not None:
         dist.barrier(together)
     done = set(HiddenStore.load(folder).keys())
-    answer = _Answering(mtp, tokenizer, max_new_tokens, keep_hidden, slots, seed, deadline)
+    answering = Answering(mtp, tokenizer, max_new_tokens, keep_hidden, slots, seed, deadline)
     with HiddenStore(folder if world == 1 else folder / f"share-{rank}", **about) as store:
-        stats = answer.all(store, list(by_key.items()), done, rank, world)
+        stats = _answer_all(answering, store, list(by_key.items()), done, rank, world)
     if together is not None:
         dist.barrier(together)
         if rank == 0:
@@ -188,7 +189,39 @@ def _merge(folder: Path, about: dict[str, Any]) -> None:
             shutil.rmtree(share)
 
 
-class _Answering:
+def _answer_all(
+    answering: Answering,
+    store: HiddenStore,
+    prompts: list[tuple[str, list[int]]],
+    done: set[str],
+    rank: int,
+    world: int,
+) -> GenerationStats | None:
+    """Answer this process's share of the prompts that are not done; stats of what was made."""
+    made: GenerationStats | None = None
+    batches = answering.batches([(prompt, key) for key, prompt in prompts], done, world)[rank::world]
+    done = done | set(store.keys())
+    with Progress("answers", total=sum(len(batch) for _, batch in batches), unit="answers") as bar:
+
+        def keep(key: str, sequence: SequenceState, states_TD: Tensor | None) -> None:
+            if key not in done:
+                done.add(key)
+                labels = [IGNORE_INDEX] * sequence.prompt_length + sequence.new_tokens
+                store.append(key, sequence.tokens, labels, states_TD)
+                bar.update(1)
+
+        for number, batch in batches:
+            if answering.deadline is not None and answering.deadline():
+                break
+            stats = answering.some(batch, number, keep)
+            if made is None:
+                made = stats
+            else:
+                made.records += stats.records
+    return made
+
+
+class Answering:
     """How prompts are answered: transformers prepares processors, criteria and end tokens, our loop decodes."""
 
     def __init__(
@@ -199,9 +232,11 @@ class _Answering:
         keep_hidden: bool,
         slots: int,
         seed: int,
-        deadline: Callable[[], bool] | None,
+        deadline: Callable[[], bool] | None = None,
+        drafter: str | None = None,
     ) -> None:
         self.mtp, self.seed, self.slots, self.deadline = mtp, seed, slots, deadline
+        self.drafts = {"num_draft_tokens": 0} if drafter is None else {"num_draft_tokens": "auto", "drafter": drafter}
         self.recorder = HiddenRecorder(mtp.module.source) if keep_hidden else None
         config = mtp.model.generation_config
         self.samples = bool(config.do_sample)
@@ -218,62 +253,41 @@ class _Answering:
         if config.pad_token_id is None and not self.settings["eos_token_id"]:
             self.settings["pad_token_id"] = 0
 
-    def all(
-        self, store: HiddenStore, prompts: list[tuple[str, list[int]]], done: set[str], rank: int, world: int
-    ) -> GenerationStats | None:
-        """Answer this process's share of the prompts that are not done; stats of what was made."""
-        made: GenerationStats | None = None
-        batches = self._batches(prompts, done, world)[rank::world]
-        self.done = done | set(store.keys())
-        with Progress("answers", total=sum(len(batch) for _, batch in batches), unit="answers") as bar:
-            for number, batch in batches:
-                if self.deadline is not None and self.deadline():
-                    break
-                stats = self._some(store, batch, number, bar)
-                if made is None:
-                    made = stats
-                else:
-                    made.records += stats.records
-        return made
-
-    def _batches(self, prompts: list[tuple[str, list[int]]], done: set[str], world: int) -> list[tuple[int, list]]:
-        """Prompts that are answered in one run, under the number that seeds what they draw.
+    def batches(self, prompts: list[tuple[list[int], Any]], done: set, world: int = 1) -> list[tuple[int, list]]:
+        """Prompts that are answered in one run, each with its key, under the number that seeds what they draw.
 
         What is drawn depends on who is drawn beside it: such batches are the same in every run, and one of which
         anything is missing is answered again, whole.
         """
-        groups: dict[int, list[tuple[str, list[int]]]] = {}
-        for key, prompt in prompts:
+        groups: dict[int, list[tuple[list[int], Any]]] = {}
+        for prompt, key in prompts:
             if self.samples or key not in done:
-                groups.setdefault(0 if self.pads else len(prompt), []).append((key, prompt))
+                groups.setdefault(0 if self.pads else len(prompt), []).append((prompt, key))
         missing = sum(len(group) for group in groups.values())
         size = self.slots if self.samples else max(1, min(BATCH, -(-missing // world)))
         cut = [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
-        return [(number, batch) for number, batch in enumerate(cut) if any(key not in done for key, _ in batch)]
+        return [(number, batch) for number, batch in enumerate(cut) if any(key not in done for _, key in batch)]
 
-    def _some(self, store: HiddenStore, batch: list, number: int, bar: Progress) -> GenerationStats:
-        mtp, width = self.mtp, max(len(prompt) for _, prompt in batch)
+    def some(self, batch: list[tuple[list[int], Any]], number: int, keep: Callable) -> GenerationStats:
+        """Answer prompts; keep is given the key, the sequence and its states of each as it ends."""
+        mtp, width = self.mtp, max(len(prompt) for prompt, _ in batch)
         # filled up with a token that the prompt has anyway: what asks which tokens are there is told nothing new
-        filled = [[prompt[0]] * (width - len(prompt)) + prompt for _, prompt in batch]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt in batch]
+        filled = [[prompt[0]] * (width - len(prompt)) + prompt for prompt, _ in batch]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch]
 
         def leave(sequence: SequenceState) -> None:
-            key, T, prompt = batch[sequence.index][0], len(sequence.tokens), sequence.prompt_length
-            states_TD = None
+            states_TD, T = None, len(sequence.tokens)
             if self.recorder is not None:
                 # the last token was never read by the target: its row is zeros, and no loss looks there
                 states_TD = torch.zeros(T, mtp.target.hidden_size, dtype=mtp.target.dtype)
                 states_TD[: T - 1] = self.recorder.states(sequence)[: T - 1]
-            if key not in self.done:
-                self.done.add(key)
-                store.append(key, sequence.tokens, [IGNORE_INDEX] * prompt + sequence.tokens[prompt:], states_TD)
-                bar.update(1)
+            keep(batch[sequence.index][1], sequence, states_TD)
 
         run = MTPGenerate(
             mtp,
-            num_draft_tokens=0,
             slots=self.slots,
             generator=torch.Generator(mtp.device).manual_seed(self.seed * 1_000_003 + number),
+            **self.drafts,
         )
         run.watchers = [] if self.recorder is None else [self.recorder]
         run.leave, run.stop_admitting = leave, self.deadline

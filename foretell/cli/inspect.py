@@ -1,4 +1,6 @@
-"""foretell inspect: what is in a module's folder, without loading a target; or how a model would be decoded."""
+"""foretell inspect: what is in a module's folder, without loading a target; or how a model would be decoded; or with
+`foretell inspect data` what rows teach (inspect_data.py).
+"""
 
 from __future__ import annotations
 
@@ -87,6 +89,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
     from foretell.checkpoint import CONFIG_FILE
 
+    if len(argv) > 1 and argv[0] == "data" and not argv[1].startswith("--"):
+        from foretell.cli.inspect_data import main as inspect_data
+
+        return inspect_data(argv[1:])
     settings = parse(InspectSettings, argv, prog="foretell inspect")
     if not (Path(settings.folder) / CONFIG_FILE).is_file() and (Path(settings.folder) / "config.json").is_file():
         verdict = judge(settings.folder)

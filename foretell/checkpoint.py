@@ -15,6 +15,7 @@ from torch import nn
 
 from foretell import __version__
 from foretell.methods.base import MTPConfig
+from foretell.models.refusals import differences, first_of
 from foretell.models.target import Target
 from foretell.runtime import atomic_folder, provenance
 
@@ -52,10 +53,14 @@ def save_module(
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         if peft is not None:
-            settings, adapter = peft
-            (temporary / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            adapter = {name: t.detach().cpu().contiguous().clone() for name, t in adapter.items()}
-            save_file(adapter, temporary / PEFT_WEIGHTS, metadata={"format": "pt"})
+            save_adapter(temporary, *peft)
+
+
+def save_adapter(folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """PEFT's own two files."""
+    (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    adapter = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    save_file(adapter, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -145,15 +150,7 @@ def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> N
     Raises ValueError listing missing, unknown and wrongly shaped tensors.
     """
     own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, wanted {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{where} does not fit the module its config describes: {shown}.")
+    if problems := differences(tensors, own):
+        raise ValueError(f"{where} does not fit the module its config describes: {first_of(problems)}.")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from foretell.methods.sequential import SequentialConfig, SequentialModule
 from foretell.models.mtp_block import MTPBlock
+from foretell.models.refusals import differences, first_of
 from foretell.models.target import Target
 
 
@@ -86,7 +87,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 
-_COUNT_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
+COUNT_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
 _QUANTISED = re.compile(r"(_scale|_scale_inv|_packed|\.qweight|\.qzeros|\.scales|\.weight_shape)$")
 _IGNORED = ".rotary_emb.inv_freq"  # old checkpoints store it; it follows from the config
 _CHUNK_ROWS = 4096  # rows of a vocabulary matrix compared at once
@@ -99,7 +100,7 @@ def read_native(target: Target, folder: str | Path) -> tuple[SequentialConfig, C
     not work, another number of layers; fill: missing, unknown and misshapen tensors, by their names in the checkpoint.
     Warns where the module came with an embedding or output head of its own, which is not used.
     """
-    files = _Files(Path(folder))
+    files = CheckpointFiles(Path(folder))
     layout, numbers = _find(files)
     depth = _checked_depth(layout, numbers, target, files)
     # engines run a single module again for further depths, on its own post-norm states; so can we
@@ -121,7 +122,7 @@ def read_native(target: Target, folder: str | Path) -> tuple[SequentialConfig, C
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-class _Files:
+class CheckpointFiles:
     """The safetensors files of a folder: which tensors there are, and slices that load only what is asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -130,14 +131,14 @@ class _Files:
             raise FileNotFoundError(
                 f"{folder}: no such folder; wanted a checkpoint's, with config.json and safetensors."
             )
-        self.config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        self.config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
         index = folder / "model.safetensors.index.json"
         single = [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
         self.home: dict[str, str] = {}  # tensor -> file
         if not single and index.is_file():
-            self.home = dict(_read_json(index).get("weight_map") or {})
+            self.home = dict(read_json(index).get("weight_map") or {})
         else:
             for path in single or sorted(folder.glob("*.safetensors")):
                 with self:
@@ -147,7 +148,7 @@ class _Files:
                 f"{folder}: no safetensors files; wanted a checkpoint's, as transformers writes it."
             )
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> CheckpointFiles:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -175,7 +176,7 @@ class _Files:
             raise ValueError(f"{self.folder / self.home[name]}: {error}; copy the folder again.") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -185,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _find(files: _Files) -> tuple[Layout, list[int]]:
+def _find(files: CheckpointFiles) -> tuple[Layout, list[int]]:
     """The layout that the folder's tensors follow, and the numbers of its modules."""
     for layout in LAYOUTS.values():
         pattern = re.compile(layout.counted)
@@ -208,7 +209,7 @@ def _usable() -> str:
     return ", ".join(row.families for row in LAYOUTS.values() if not row.refused)
 
 
-def _checked_depth(layout: Layout, numbers: list[int], target: Target, files: _Files) -> int:
+def _checked_depth(layout: Layout, numbers: list[int], target: Target, files: CheckpointFiles) -> int:
     model_type, L = target.config.model_type, len(target.layers)
     if model_type not in layout.model_types:
         raise ValueError(
@@ -223,7 +224,7 @@ def _checked_depth(layout: Layout, numbers: list[int], target: Target, files: _F
             f"{files.folder} does not fit this target: got {layers} layers and MTP modules numbered {numbers}, wanted "
             f"{L} layers and numbers from {first} on without a gap. Load the target from this folder."
         )
-    declared = next((stated[key] for key in _COUNT_KEYS if stated.get(key) is not None), len(numbers))
+    declared = next((stated[key] for key in COUNT_KEYS if stated.get(key) is not None), len(numbers))
     if declared != len(numbers):
         raise ValueError(
             f"{files.folder}: config.json declares {declared} MTP modules, but there are tensors of {len(numbers)}; "
@@ -235,7 +236,7 @@ def _checked_depth(layout: Layout, numbers: list[int], target: Target, files: _F
 # -- filling -----------------------------------------------------------------------------------------------------------
 
 
-def _places(block: MTPBlock, layout: Layout, n: int) -> Iterator[tuple[str, Tensor]]:
+def places_of(block: MTPBlock, layout: Layout, n: int) -> Iterator[tuple[str, Tensor]]:
     """(name in the checkpoint, the module's own storage for it): for fused experts a part of a tensor."""
     for name, own in block.state_dict().items():
         part = next(part for part in layout.parts if name.startswith(part))
@@ -252,24 +253,17 @@ def _places(block: MTPBlock, layout: Layout, n: int) -> Iterator[tuple[str, Tens
             yield theirs, own
 
 
-def _checked_places(block: MTPBlock, layout: Layout, n: int, files: _Files) -> dict[str, Tensor]:
-    """All of _places, if they are what the checkpoint holds for module n."""
-    places = dict(_places(block, layout, n))
+def _checked_places(block: MTPBlock, layout: Layout, n: int, files: CheckpointFiles) -> dict[str, Tensor]:
+    """All of places_of, if they are what the checkpoint holds for module n."""
+    places = dict(places_of(block, layout, n))
     shared = {name.format(n=n) for name in layout.shared}
     begins = tuple(prefix.format(n=n) for prefix in layout.parts.values())
     there = {name for name in files.home if name.startswith(begins) and not name.endswith(_IGNORED)} - shared
-    missing, unknown = sorted(places.keys() - there), sorted(there - places.keys())
-    misshapen = []
-    for name in places.keys() & there:
-        shape = tuple(files.slice(name).get_shape())
-        if shape != tuple(places[name].shape):
-            misshapen.append(f"{name} has shape {shape}, wanted {tuple(places[name].shape)}")
-    problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + sorted(misshapen)
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(
-            f"{files.folder}: MTP module {n} does not fit this target: {shown}. {_advice(missing, unknown)}"
-        )
+    stored = {name: torch.empty(files.slice(name).get_shape(), device="meta") for name in sorted(there)}
+    if problems := differences(stored, places):
+        missing, unknown = sorted(places.keys() - there), sorted(there - places.keys())
+        advice = _advice(missing, unknown)
+        raise ValueError(f"{files.folder}: MTP module {n} does not fit this target: {first_of(problems)}. {advice}")
     return places
 
 
@@ -281,7 +275,7 @@ def _advice(missing: list[str], unknown: list[str]) -> str:
     return "Load the target from the same folder."
 
 
-def _compare_shared(target: Target, layout: Layout, n: int, files: _Files) -> None:
+def _compare_shared(target: Target, layout: Layout, n: int, files: CheckpointFiles) -> None:
     """The module's own copies of the target's embedding and output head must be copies: only the target's are used."""
     for template, attribute in layout.shared.items():
         name = template.format(n=n)

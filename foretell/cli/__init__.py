@@ -18,6 +18,7 @@ VERBS = {
     "regenerate": ("foretell.cli.regenerate:main", "let a model answer prompts: data to train on"),
     "cache": ("foretell.cli.cache:main", "encoded rows that are kept: list, verify, remove"),
     "generate": ("foretell.cli.generate:main", "decode with an MTP module, losslessly"),
+    "export": ("foretell.cli.export:main", "write a module as engines and people read it, and prove it"),
     "inspect": ("foretell.cli.inspect:main", "say what is in a module's or model's folder; inspect data: look at rows"),
     "demo": ("foretell.cli.demo:main", "train and compare on a real model, on this machine, in minutes"),
 }

@@ -124,3 +124,16 @@ def refuse_hooks(model: Any) -> bool:
                 "rows of its own: register them on the decoder or a layer."
             )
     return any(part._forward_hooks for part in above)
+
+
+def differences(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Tensors that are missing, unknown, or of another shape."""
+    found = [f"missing {name}" for name in wanted if name not in got]
+    found += [f"unknown {name}" for name in got if name not in wanted]
+    shapes = [(n, tuple(got[n].shape), tuple(t.shape)) for n, t in wanted.items() if n in got]
+    return found + [f"{n} has shape {one}, wanted {other}" for n, one, other in shapes if one != other]
+
+
+def first_of(problems: list[str]) -> str:
+    """The first eight, and how many more there are."""
+    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

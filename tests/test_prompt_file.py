@@ -133,6 +133,44 @@ def test_a_bad_row_is_named_or_counted(row, said, tmp_path):
         made([lines(path, [{"prompt": "fine"}, row, row])], skip_bad_rows=1)
 
 
+def test_tools_belong_to_the_question(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add", "description": None}}]
+    rows = [{"messages": CHAT}, {"messages": CHAT, "tools": tools}, {"messages": CHAT, "tools": json.dumps(tools)}]
+    rows += [{"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}, {"messages": CHAT, "tools": []}]
+    found = written(made([lines(tmp_path / "rows.jsonl", rows)]), tmp_path / "out.jsonl")
+    assert [set(row) - {"messages", "id", "domain", "source"} for row in found] == [
+        set(), {"tools"}, {"tools"}, {"chat_template_kwargs"},
+    ]  # fmt: skip
+    assert found[1]["tools"] == [{"type": "function", "function": {"name": "add"}}]
+    assert len({row["id"] for row in found}) == 4
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}w7 {% endfor %}{% for m in messages %}w3 {% endfor %}"
+    prompts = PromptSet([tmp_path / "rows.jsonl"], PromptRules(model="tiny"), tokenizer)
+    assert prompts.report()["tokens"] == {"all": 2 + 3 + 3 + 2, "shortest": 2, "longest": 3}
+
+
+def test_a_file_that_cannot_be_read_is_no_bad_row(tmp_path):
+    lines(tmp_path / "a.jsonl", [{"prompt": "fine"}])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(
+        ValueError, match=r"(?s)b.parquet: got a file that is no whole parquet.*c.jsonl: the file is empty"
+    ):
+        made([tmp_path], skip_bad_rows=100)
+
+
+def test_files_may_be_more_than_a_process_may_open(tmp_path):
+    for number in range(90):
+        lines(tmp_path / f"{number}.jsonl", [{"prompt": f"prompt {number}"}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+    try:
+        prompts = made([tmp_path])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert prompts.steps()["kept"] == 90
+
+
 def test_duplicates_are_one_as_far_as_asked(tmp_path):
     text = questions(1, length=60)[0]
     near = text.replace(text.split()[30], "other")

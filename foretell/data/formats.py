@@ -50,11 +50,10 @@ class Part(Sequence):
 
 
 class Lines(Part):
-    """One JSON object a line, read when it is asked for. Processes may share the file: nothing has a position in it."""
+    """One JSON object a line, read when it is asked for: the file is not held open, there may be thousands."""
 
     def __init__(self, path: Path, name: str):
         self.name, self.path = name, path
-        self._file: Any = None
         starts, numbers, at = array("q"), array("q"), 0
         with path.open("rb") as file:
             self._state = self._seen(file)
@@ -70,13 +69,13 @@ class Lines(Part):
 
     def __getitem__(self, index: Any) -> Any:
         """See Part."""
-        if self._file is None:
-            self._file = self.path.open("rb")
-        if self._seen(self._file) != self._state:
-            raise ValueError("the file changed while it was read, wanted one that nobody writes to")
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self) else self._state[0]
-        line = os.pread(self._file.fileno(), end - start, start)
+        with self.path.open("rb", buffering=0) as file:
+            if self._seen(file) != self._state:
+                raise ValueError("the file changed while it was read, wanted one that nobody writes to")
+            file.seek(start)
+            line = file.read(end - start)
         try:
             return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
         except ValueError as error:  # also bytes that are no UTF-8
@@ -90,9 +89,6 @@ class Lines(Part):
     def _seen(file: Any) -> tuple[int, int]:
         state = os.fstat(file.fileno())
         return state.st_size, state.st_mtime_ns
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
 
 
 class Rows(Sequence):
@@ -153,8 +149,7 @@ def load_rows(source: Any, split: str = "train", skip_bad: bool | int = False, m
     """
     if isinstance(source, Rows):
         return source
-    problems = Problems(skip_bad)
-    parts, name = open_source(source, split, problems)
+    problems, (parts, name) = Problems(skip_bad), open_source(source, split)
     good, at = array("q"), 0
     for part in parts:
         for index in range(len(part)):
@@ -170,8 +165,9 @@ def load_rows(source: Any, split: str = "train", skip_bad: bool | int = False, m
     return Rows(parts, None if len(good) == at else good, problems.count)
 
 
-def open_source(source: Any, split: str, problems: Problems) -> tuple[list[Part], str]:
-    """The parts of a source, their rows unchecked, and its name for people. Files that cannot be read are problems.
+def open_source(source: Any, split: str) -> tuple[list[Part], str]:
+    """The parts of a source, their rows unchecked, and its name for people. Raises ValueError for files that cannot be
+    read.
 
     Args:
         source: a .jsonl, .json, .parquet or .csv file, or one of these as .gz; a folder of them, or one written by
@@ -184,19 +180,24 @@ def open_source(source: Any, split: str, problems: Problems) -> tuple[list[Part]
         if path.is_dir() and (store := kept_states(path)) is not None:
             return [Part(store, str(path))], str(path)
         if path.is_dir() and not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            parts = [_open_file(file, problems) for file in _files_of(path, split)]
-            return [part for part in parts if part is not None], str(path)
+            parts, problems = [], Problems()
+            for file in _files_of(path, split):
+                try:
+                    parts.append(_open_file(file))
+                except ValueError as error:
+                    problems.add(str(error))
+            problems.close()
+            return parts, str(path)
         if path.is_file():
-            part = _open_file(path, problems)
-            return [part] if part is not None else [], str(path)
+            return [_open_file(path)], str(path)
         if path.is_dir():
             found = _import_datasets().load_from_disk(str(path))
-            return open_source(found, split, problems) if isinstance(found, Mapping) else ([Part(found, path.name)], "")
+            return open_source(found, split) if isinstance(found, Mapping) else ([Part(found, path.name)], path.name)
         return [Part(_load_named(str(source), split), str(source))], str(source)
     if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"no split {split!r}: got {sorted(map(str, source))}; choose one of them.")
-        return open_source(source[split], split, problems)
+        return open_source(source[split], split)
     if isinstance(source, Part):
         return [source], source.name
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
@@ -234,13 +235,12 @@ class Problems:
         warnings.warn("\n".join([f"{self.count} rows are skipped:", *self.lines, *more]), stacklevel=3)
 
 
-def _open_file(path: Path, problems: Problems) -> Part | None:
-    """The rows of one file; None, with a problem, where it cannot be read or holds none."""
+def _open_file(path: Path) -> Part:
+    """The rows of one file. Raises ValueError where it cannot be read or holds none."""
     name, kind = path.name, _plain(path).suffix
     if kind not in SUFFIXES:
-        wanted = ", ".join(SUFFIXES)
-        problems.add(f"{name}: got a file of type {kind or 'unknown'!r}, wanted {wanted}, or one of these as .gz")
-        return None
+        wanted = f"{', '.join(SUFFIXES)}, or one of these as .gz"
+        raise ValueError(f"{name}: got a file of type {kind or 'unknown'!r}, wanted {wanted}")
     part: Part | None = None
     try:
         path = _unzipped(path) if path.suffix == ".gz" else path
@@ -254,19 +254,16 @@ def _open_file(path: Path, problems: Problems) -> Part | None:
                 found = _import_datasets().load_dataset(kind[1:], data_files=str(path), split="train")
             part = Part(found, name, "row")
     except json.JSONDecodeError as error:
-        problems.add(f"{name}, line {error.lineno}: wanted a JSON list of objects ({error.msg})")
-        return None
+        raise ValueError(f"{name}, line {error.lineno}: wanted a JSON list of objects ({error.msg})") from None
     except UnicodeDecodeError as error:
-        problems.add(f"{name}: wanted UTF-8 ({error})")
-        return None
+        raise ValueError(f"{name}: wanted UTF-8 ({error})") from None
     except Exception as error:  # pyarrow's, pandas' and gzip's, as datasets passes them on
         if "corresponds to no data" not in str(error):
             whole = "gz" if path.suffix == ".gz" else kind[1:]
-            problems.add(f"{name}: got a file that is no whole {whole} file ({error.__cause__ or error})")
-            return None
+            said = error.__cause__ or error
+            raise ValueError(f"{name}: got a file that is no whole {whole} file ({said})") from error
     if not part:
-        problems.add(f"{name}: the file is empty, wanted at least one row")
-        return None
+        raise ValueError(f"{name}: the file is empty, wanted at least one row")
     return part
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from foretell.data.chat import ChatTemplate, without_none
 from foretell.data.formats import Problems, open_source
+from foretell.data.prompts import template_arguments
 from foretell.data.rows import check_messages
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
@@ -32,7 +33,9 @@ BATCH = 256  # rows that are tokenized together
 COLUMNS = ("part i", "row q", "chance Q", "size q", "tokens q")  # that are held of each prompt, and their types
 STEPS = ("bad row", "other turns", "length", "duplicate", "near-duplicate", "in an evaluation set", "quota or limit")
 
+BESIDE = ("tools", "chat_template_kwargs")  # columns that belong to the question
 Messages = list[dict[str, Any]]
+Prompt = dict[str, Any]  # messages, and what is BESIDE them
 
 # What seed preparations of two published data sets do: which turns, which domain, how many of each.
 CODE = re.compile(
@@ -177,8 +180,7 @@ class PromptSet:
         self.rules, self._tokenizer = rules, tokenizer
         self._template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
         self._problems = Problems(rules.skip_bad_rows)
-        opened = [open_source(source, "train", self._problems)[0] for source in sources]
-        self._parts = list(chain.from_iterable(opened))
+        self._parts = [part for source in sources for part in open_source(source, "train")[0]]
         self.read, self.dropped, self.found = 0, Counter(), Counter()
         self.overlaps: dict[str, list[str]] = {}  # of evaluation sets: where prompts were that overlap
         self._evaluations = {name: _grams_of_set(name) for name in rules.exclude}
@@ -186,8 +188,8 @@ class PromptSet:
         self._near: Any = None
         self._kept = {name: array(kind) for name, kind in map(str.split, COLUMNS)}
         self._domains: list[str] = []
-        for at, index, messages, domain, tokens in self._judged():
-            size, chance = len(self._line(at, index, messages, domain)), _chance(rules.seed, _id(messages))
+        for at, index, prompt, domain, tokens in self._judged():
+            size, chance = len(self._line(at, index, prompt, domain)), _chance(rules.seed, _id(prompt))
             for column, value in zip(self._kept.values(), (at, index, chance, size, tokens), strict=True):
                 column.append(value)
             self.found[domain] += 1
@@ -199,7 +201,7 @@ class PromptSet:
             raise ValueError(f"no prompt is left: {self.steps()}. Wanted at least one; loosen what dropped them.")
         self.bytes = sum(self._kept["size"][at] for at in self.chosen)
 
-    def _judged(self) -> Iterator[tuple[int, int, Messages, str, int]]:
+    def _judged(self) -> Iterator[tuple[int, int, Prompt, str, int]]:
         rows = ((at, index) for at, part in enumerate(self._parts) for index in range(len(part)))
         while some := list(islice(rows, BATCH)):
             self.read += len(some)
@@ -209,40 +211,43 @@ class PromptSet:
                 special = self._template is None
                 encoded = self._tokenizer([text for *_, text in judged], add_special_tokens=special)
                 counts = [len(ids) for ids in encoded["input_ids"]]
-            for (at, index, messages, domain, _), tokens in zip(judged, counts, strict=True):
-                step = self._against(messages, tokens, self._parts[at].where(index))
+            for (at, index, prompt, domain, _), tokens in zip(judged, counts, strict=True):
+                step = self._against(prompt, tokens, self._parts[at].where(index))
                 if step is None:
-                    yield at, index, messages, domain, tokens
+                    yield at, index, prompt, domain, tokens
                 else:
                     self.dropped[step] += 1
 
-    def _prompt(self, at: int, index: int) -> tuple[Messages, str, str] | None:
+    def _prompt(self, at: int, index: int) -> tuple[Prompt, str, str] | None:
         """A row's prompt, its domain, and how the target is asked; None, counted, where there is none."""
         part = self._parts[at]
         try:
             row = part[index]
-            messages, domain = messages_of(row, self.rules.column), row.get("domain") or row.get("category") or "all"
+            messages = without_answer(messages_of(row, self.rules.column))
+            domain = row.get("domain") or row.get("category") or "all"
+            prompt = {"messages": messages, **{name: without_none(row[name]) for name in BESIDE if row.get(name)}}
             if self.rules.preset is not None:
-                found = PRESETS[self.rules.preset][0](without_answer(messages), part.name)
+                found = PRESETS[self.rules.preset][0](messages, part.name)
                 if found is None:
                     self.dropped["other turns"] += 1
                     return None
-                messages, domain = found
-            messages = without_answer(messages)
-            if self._template is not None:
-                return messages, str(domain), self._template.text(messages, add_generation_prompt=True)
-            return messages, str(domain), "\n".join(str(message.get("content") or "") for message in messages)
+                prompt, domain = {"messages": found[0]}, found[1]
+            if self._template is None:
+                return prompt, str(domain), "\n".join(str(m.get("content") or "") for m in prompt["messages"])
+            more = template_arguments(prompt)
+            return prompt, str(domain), self._template.text(prompt["messages"], add_generation_prompt=True, **more)
         except ValueError as error:
             self._problems.add(f"{part.where(index)}: {error}")
             self.dropped["bad row"] += 1
             return None
 
-    def _against(self, messages: Messages, tokens: int, place: str) -> str | None:
+    def _against(self, prompt: Prompt, tokens: int, place: str) -> str | None:
         """The step that drops this prompt."""
-        rules, words = self.rules, [_words(str(message.get("content") or "")) for message in messages]
+        rules, words = self.rules, [_words(str(message.get("content") or "")) for message in prompt["messages"]]
         if self._tokenizer is not None and not rules.min_tokens <= tokens <= (rules.max_tokens or tokens):
             return "length"
-        key = repr(words) if rules.dedupe != "exact" and any(words) else _id(messages)
+        loosely = rules.dedupe != "exact" and any(words)
+        key = repr((words, [prompt.get(name) for name in BESIDE])) if loosely else _id(prompt)
         digest = hashlib.sha256(key.encode()).digest()[:16]
         if digest in self._seen:
             return "duplicate"
@@ -328,13 +333,14 @@ class PromptSet:
             part.unlink(missing_ok=True)
         return digest.hexdigest()
 
-    def _line(self, at: int, index: int, messages: Messages, domain: str) -> bytes:
-        row = {"messages": messages, "id": _id(messages), "domain": domain, "source": self._parts[at].where(index)}
+    def _line(self, at: int, index: int, prompt: Prompt, domain: str) -> bytes:
+        row = {**prompt, "id": _id(prompt), "domain": domain, "source": self._parts[at].where(index)}
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def _id(messages: Messages) -> str:
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
+def _id(prompt: Prompt) -> str:
+    told = json.dumps(prompt if len(prompt) > 1 else prompt["messages"], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _chance(*of: Any) -> int:
@@ -353,9 +359,7 @@ def _grams(words: list[str]) -> set[int]:
 
 def _grams_of_set(source: str) -> set[int]:
     """Of every text in every row of an evaluation set, whatever its columns are."""
-    problems = Problems()
-    parts, _ = open_source(source, "test", problems)
-    problems.close()
+    parts, _ = open_source(source, "test")
     return set().union(*(_grams(_words(text)) for part in parts for row in part for text in _texts(row)))
 
 

@@ -22,6 +22,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from foretell.data.answers import kept_states
 from foretell.data.rows import check_row
 
@@ -191,7 +193,7 @@ def open_source(source: Any, split: str) -> tuple[list[Part], str]:
         if path.is_file():
             return [_open_file(path)], str(path)
         if path.is_dir():
-            found = _import_datasets().load_from_disk(str(path))
+            found = datasets.load_from_disk(str(path))
             return open_source(found, split) if isinstance(found, Mapping) else ([Part(found, path.name)], path.name)
         return [Part(_load_named(str(source), split), str(source))], str(source)
     if isinstance(source, Mapping):
@@ -251,7 +253,7 @@ def _open_file(path: Path) -> Part:
             part = Lines(path, name)
         else:
             with bars(path.stat().st_size > LARGE_BYTES):
-                found = _import_datasets().load_dataset(kind[1:], data_files=str(path), split="train")
+                found = datasets.load_dataset(kind[1:], data_files=str(path), split="train")
             part = Part(found, name, "row")
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}, line {error.lineno}: wanted a JSON list of objects ({error.msg})") from None
@@ -274,7 +276,7 @@ def _plain(path: Path) -> Path:
 def _unzipped(path: Path) -> Path:
     """The content, beside what datasets keeps. (Its own extraction knows a file by its name, whole or not.)"""
     state = path.stat()
-    folder = Path(_import_datasets().config.HF_DATASETS_CACHE) / "foretell-gz"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "foretell-gz"
     name = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:24]
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,7 +334,6 @@ def _load_named(name: str, split: str) -> Any:
     if looks_like_path or not name:
         raise FileNotFoundError(f"{name}: no such file or folder.")
     name, _, configuration = name.partition(":")
-    datasets = _import_datasets()
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
     except (FileNotFoundError, ConnectionError) as error:
@@ -344,7 +345,6 @@ def _load_named(name: str, split: str) -> Any:
 @contextmanager
 def bars(shown: bool) -> Iterator[None]:
     """The bars of datasets, only where there is time to look at them."""
-    datasets = _import_datasets()
     hide = not shown and not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
@@ -353,11 +353,3 @@ def bars(shown: bool) -> Iterator[None]:
     finally:
         if hide:
             datasets.enable_progress_bars()
-
-
-def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Datasets by name need the datasets library: pip install datasets") from error
-    return datasets

@@ -39,7 +39,7 @@ Prompt = dict[str, Any]  # messages, and what is BESIDE them
 
 # What seed preparations of two published data sets do: which turns, which domain, how many of each.
 CODE = re.compile(
-    r"(?is)^generate an executable python function.*?(after the definition\.|at the final solution\.|\n)\s*"
+    r"(?is)^(generate an executable python function)(.*?(after the definition\.|final solution\.|\n))?\s*"
 )
 BOXED = re.compile(r"(?i)^return your final response within \\boxed\{\}\.?\s*")
 CODE_MIX = {
@@ -109,7 +109,7 @@ def messages_of(row: Any, column: str | None = None) -> Messages:
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     turn = {{"from": "role", "value": "content"}.get(name, name): value for name, value in without_none(turn).items()}
-    return {**turn, "role": ROLES.get(turn.get("role"), turn.get("role"))}
+    return {**turn, "role": ROLES.get(str(turn.get("role")), turn.get("role"))}
 
 
 def without_answer(messages: Messages) -> Messages:

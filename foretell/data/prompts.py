@@ -17,6 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from foretell.data.chat import ChatTemplate, Span, chat_ids, warn_merged, without_none
 from foretell.data.encoded_cache import kept_table, rows_hash, tokenizer_hash
 from foretell.data.formats import Problems, Rows, bars, load_rows
@@ -167,8 +169,6 @@ def encode_rows(
 
 def _table(rows: Rows, encode: _Encoder, num_proc: int | None) -> Any:
     """A row of COLUMNS for each of rows."""
-    import datasets
-
     values = {name: datasets.Value(dtype) for name, dtype in COLUMNS.items()}
     features = {name: datasets.List(value) if name in LISTS else value for name, value in values.items()}
     table, many = datasets.Dataset.from_dict({"at": range(len(rows))}), len(rows) > ROWS_IN_MEMORY

@@ -100,8 +100,8 @@ def layer_settings(job: Job) -> dict[str, Any]:
     keys = "hidden_size intermediate_size num_attention_heads num_key_value_heads rms_norm_eps hidden_act"
     keys += " max_position_embeddings bos_token_id eos_token_id"
     said = {key: getattr(config, key) for key in keys.split()}
-    said |= {"vocab_size": job.target.vocab_size, "rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":  # transformers 4 knows this name
+    said |= {"vocab_size": job.target.vocab_size, "rope_theta": rope["rope_theta"], "rope_parameters": rope}
+    if rope.get("rope_type", "default") != "default":  # what transformers 4 calls it
         said["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return said
 

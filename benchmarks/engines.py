@@ -136,7 +136,7 @@ def fitted(mtp: Any, texts: list[Text], steps: int) -> Any:
         loss.backward()
         optimizer.step()
         if step % 20 == 0:
-            print(f"  step {step}: loss {float(loss):.2f}", file=sys.stderr)
+            print(f"  step {step}: loss {float(loss.detach()):.2f}", file=sys.stderr)
     mtp.module.eval()
     return mtp
 

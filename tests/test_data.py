@@ -222,6 +222,7 @@ def test_of_lines_only_their_places_are_held(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"text": f"{number} " * 50} for number in range(2000)])
     rows = load_rows(path)
     assert len(pickle.dumps(rows)) < 40 * len(rows) < path.stat().st_size // 2
+    assert rows.source is None and load_rows(rows) is rows
     part = pickle.loads(pickle.dumps(rows)).part(slice(5, 1000, 5))
     assert part[3]["text"].startswith("20 ") and part.where(3) == "rows.jsonl, line 21" and len(part) == 199
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from foretell.data.formats import load_rows
-from foretell.data.prompts import encode_prompt, encode_prompts, encode_rows, prompts_of
+from foretell.data.prompts import EncodeStats, encode_prompt, encode_prompts, encode_rows, prompts_of
 from tests.twins import encode_row, preview
 
 CHATML = (
@@ -332,6 +332,25 @@ def test_many_rows_lie_in_a_file_and_several_processes_encode_alike(tmp_path, mo
         del encoded
         gc.collect()
         assert not any(file.exists() for file in files)  # nothing is left behind
+
+
+def test_what_is_encoded_is_not_encoded_again_within_the_same_limits():
+    tokenizer = make_tokenizer()
+    encoded, stats = encode_rows(
+        [{"text": "one two three four five one two"}, {"text": "one two three"}],
+        tokenizer,
+        max_length=50,
+        vocab_size=90,
+    )
+    again = encode_rows(encoded, None, max_length=50, vocab_size=90)
+    assert again[0] is encoded and again[1] == stats
+    part = encoded.part(encoded.lengths < 6)
+    assert encode_rows(part, None, 50, vocab_size=90)[1] == EncodeStats(rows=1, kept=1, tokens=4, trained_tokens=3)
+    with pytest.warns(UserWarning, match="1 of 2 rows were cut at max_length=6"):
+        shorter, _ = encode_rows(encoded, None, max_length=6, vocab_size=90)
+    assert list(shorter) == [{name: values[:6] for name, values in row.items()} for row in encoded]
+    with pytest.raises(ValueError, match="wanted ids below the target's vocabulary of 9"):
+        encode_rows(encoded, None, max_length=50, vocab_size=9)
 
 
 @pytest.mark.parametrize("processes", [None, 2])

@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from foretell.data.cache import HiddenStore
 from foretell.data.collate import MTPCollator
 from foretell.data.formats import load_rows
+from foretell.data.prompts import encode_rows
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.tau import decoded_tau
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
@@ -644,7 +645,8 @@ def test_kept_states_are_used_only_where_they_are_the_targets(tmp_path, capsys):
     alone = make("own", tiny_model(), tmp_path, "standalone", data=kept, **SGD)
     alone.mtp.model.model.forward = None  # not asked
     alone.train()
-    for rows_of in (kept, load_rows(kept)):
+    limits = {"max_length": 1024, "vocab_size": tiny_model().config.vocab_size}  # as the trainer's, and others
+    for rows_of in (kept, load_rows(kept), encode_rows(kept, None)[0], encode_rows(kept, None, **limits)[0]):
         with pytest.raises(ValueError, match="states of another target .*weights: kept"):
             make("own", tiny_model(seed=3), tmp_path, "standalone", data=rows_of)
     with pytest.raises(ValueError, match="hidden_source: kept 'pre_norm', here 'post_norm'"):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretell.data.prompts import Encoded
 from foretell.data.rows import as_list
 from foretell.ops.tree import starts_of
 from foretell.types import IGNORE_INDEX, PAD_DOCUMENT, Batch
@@ -152,7 +153,10 @@ def pack(rows: Sequence[Mapping[str, Any]], length: int) -> PackedRows:
     """
     if length < 1:
         raise ValueError(f"length: got {length}, wanted at least 1 token.")
-    lengths = [len(rows[at]["input_ids"]) for at in range(len(rows))]
+    if isinstance(rows, Encoded):
+        lengths = rows.lengths.tolist()
+    else:
+        lengths = [len(rows[at]["input_ids"]) for at in range(len(rows))]
     longer = [at for at, tokens in enumerate(lengths) if tokens > length]
     if longer:
         raise ValueError(

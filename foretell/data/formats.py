@@ -55,7 +55,8 @@ class Lines(Part):
     """One JSON object a line, read when it is asked for: the file is not held open, there may be thousands."""
 
     def __init__(self, path: Path, name: str):
-        self.name, self.path = name, path
+        super().__init__((), name, "line")
+        self.path = path
         starts, numbers, at = array("q"), array("q"), 0
         with path.open("rb") as file:
             self._state = self._seen(file)

@@ -59,18 +59,24 @@ class Encoded(Sequence):
     rows are many; labels are made when a row is asked for. Ready rows stay where they are: kept states on disk too.
     """
 
-    def __init__(self, rows: Rows, table: Any, kept: Any, max_length: int | None):
-        """table: a row for each of rows; kept: an array of indices of both."""
-        self.rows, self.table, self.kept, self.max_length = rows, table, kept, max_length
+    def __init__(self, rows: Rows, table: Any, kept: Any, limits: tuple[int | None, int | None]):
+        """table: a row for each of rows; kept: an array of indices of both; limits: of length and of ids."""
+        self.rows, self.table, self.kept, self.limits = rows, table, kept, limits
 
     @property
     def lengths(self) -> Any:
         """Tokens of each row, an array."""
         return _column(self.table, "tokens")[self.kept]
 
+    @property
+    def stats(self) -> EncodeStats:
+        """Of these rows alone."""
+        trained = int(_column(self.table, "trained")[self.kept].sum())
+        return EncodeStats(rows=len(self), kept=len(self), tokens=int(self.lengths.sum()), trained_tokens=trained)
+
     def part(self, chosen: Any) -> Encoded:
         """These rows: an array of indices or of booleans."""
-        return Encoded(self.rows, self.table, self.kept[chosen], self.max_length)
+        return Encoded(self.rows, self.table, self.kept[chosen], self.limits)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -81,7 +87,7 @@ class Encoded(Sequence):
         at = int(self.kept[index])
         row = self.table[at]
         if row["input_ids"] is None:
-            return _ready(self.rows[at], self.max_length)
+            return _ready(self.rows[at], self.limits[0])
         return labelled((row["input_ids"], row["spans"]))
 
 
@@ -122,6 +128,8 @@ def encode_rows(
     Raises:
         ValueError: rows that cannot be encoded, up to ten at once, each with its place; or no row left.
     """
+    if isinstance(rows, Encoded) and rows.limits == (max_length, vocab_size):
+        return rows, rows.stats
     rows = load_rows(rows, skip_bad=skip_bad, may_be_empty=may_be_empty)
     encode = _Encoder(rows, tokenizer, max_length, assistant_only_loss, vocab_size)
     encode.problems = Problems(skip_bad and True)
@@ -164,7 +172,7 @@ def encode_rows(
         raise ValueError(f"no row left to train on: {lost}. Wanted answers (assistant turns) within max_length.")
     if stats.truncated or stats.dropped:
         warnings.warn(lost, stacklevel=2)
-    return Encoded(rows, table, kept, max_length), stats
+    return Encoded(rows, table, kept, (max_length, vocab_size)), stats
 
 
 def _table(rows: Rows, encode: _Encoder, num_proc: int | None) -> Any:

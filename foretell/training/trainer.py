@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from foretell.data.cache import HiddenStore
 from foretell.data.collate import MTPCollator, pack, to_batch
 from foretell.data.formats import Part, Rows, load_rows
-from foretell.data.prompts import encode_rows
+from foretell.data.prompts import Encoded, encode_rows
 from foretell.methods.base import REREADS
 from foretell.models.target import Target
 from foretell.mtp import MTPModel
@@ -173,7 +173,8 @@ class MTPTrainer(MTPTraining):
         if _is_stream(dataset):
             return _Stream(dataset, self._encode, length, max(self._shortest, region))
         _check_store(dataset, args, mtp, what)
-        if self._encode.args[1] is None and any("input_ids" not in row for row in load_rows(dataset)[:1]):
+        dataset = dataset if isinstance(dataset, Encoded) else load_rows(dataset, skip_bad=args.skip_bad_rows)
+        if self._encode.args[1] is None and any("input_ids" not in row for row in dataset[:1]):
             raise ValueError(f"{what}: text needs processing_class (the tokenizer); or give rows with input_ids.")
         out, self.encoding = self._encode(dataset)
         longest = int(out.lengths.max())
@@ -268,6 +269,7 @@ def _check_store(rows: Any, args: MTPTrainingArguments, model: MTPModel, what: s
     """Kept states are those of one target, taken in one place: ValueError for others. A target that learns is read
     anew.
     """
+    rows = rows.rows if isinstance(rows, Encoded) else rows
     rows = rows.source if isinstance(rows, Rows) else rows
     if not isinstance(rows, HiddenStore) or rows.width is None or not model.module.reads_states:
         return

@@ -4,6 +4,7 @@ training would take, measured by some steps on this machine.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     from foretell.data.collate import pack
     from foretell.data.prompts import encode_rows
     from foretell.evaluation.data_page import as_text, describe, write_data_page
+    from foretell.mtp import get_mtp_model
     from foretell.training.trainer import MTPTrainingArguments
 
     classes: list[type] = [InspectDataSettings, module_settings(argv), MTPTrainingArguments]
@@ -57,24 +59,20 @@ def main(argv: Sequence[str]) -> int:
     tokenizer, config = AutoTokenizer.from_pretrained(settings.model), AutoConfig.from_pretrained(settings.model)
     if settings.chat_template is not None:
         tokenizer.chat_template = chat_template(settings.chat_template, tokenizer)
-    encoded, stats = encode_rows(
-        settings.data,
-        tokenizer,
-        args.max_length,
-        args.assistant_only_loss,
-        config.get_text_config().vocab_size,
-        args.skip_bad_rows,
-        args.num_proc,
-    )
-    try:
-        ends: Any = GenerationConfig.from_pretrained(settings.model).eos_token_id
-    except OSError:
-        ends = None
+    how = (args.max_length, args.assistant_only_loss, config.get_text_config().vocab_size)
+    encoded, stats = encode_rows(settings.data, tokenizer, *how, args.skip_bad_rows, args.num_proc)
+    ends: Any = None
+    with contextlib.suppress(OSError):
+        ends = GenerationConfig.from_pretrained(settings.model).eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     packed = pack(encoded, args.max_length) if args.packing else None
     found = describe(encoded, stats, tokenizer, ends, module.depth, settings.samples, args.seed, packed)
     if settings.plan:
-        found["plan"] = _plan(settings, module, args, argv, classes, encoded, len(packed or encoded), tokenizer)
+        with tempfile.TemporaryDirectory(prefix="foretell-plan-") as folder:
+            short = ["--max-steps", str(PLAN_STEPS), "--output-dir", folder, "--save-strategy", "no"]
+            *_, few = parse_settings(classes, [*argv, *short], prog="foretell inspect data", preset=preset_values)
+            mtp = get_mtp_model(load_target(settings.model, settings.dtype)[0], module)
+            found["plan"] = _plan(mtp, args, few, encoded, len(packed or encoded), tokenizer)
     print(json.dumps(found, indent=2, ensure_ascii=False) if settings.json else as_text(found))
     if settings.output is not None:
         write_data_page(found, f"{Path(settings.data).name} for {Path(settings.model).name}", settings.output)
@@ -82,28 +80,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _plan(
-    settings: Any,
-    module: Any,
-    args: Any,
-    argv: Sequence[str],
-    classes: list[type],
-    encoded: Any,
-    rows: int,
-    tokenizer: Any,
-) -> dict[str, str]:
-    """What training by these settings would take, from some steps of it."""
+def _plan(mtp: Any, args: Any, few: Any, encoded: Any, rows: int, tokenizer: Any) -> dict[str, str]:
+    """What training by args would take, from `few` steps of it."""
     import torch
     from transformers import TrainerCallback
 
-    from foretell.mtp import get_mtp_model
     from foretell.training.trainer import MTPTrainer
 
     batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
     steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else steps
-    model, _ = load_target(settings.model, settings.dtype)
-    mtp, ticks = get_mtp_model(model, module), []
+    steps, ticks = args.max_steps if args.max_steps > 0 else steps, []
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *given: Any, **more: Any) -> None:
@@ -111,11 +97,7 @@ def _plan(
 
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     chosen = random.Random(args.seed).sample(range(len(encoded)), min(len(encoded), 8 * PLAN_STEPS * a_step))
-    with tempfile.TemporaryDirectory(prefix="foretell-plan-") as folder:
-        short = ["--max-steps", str(PLAN_STEPS), "--output-dir", folder, "--save-strategy", "no"]
-        *_, few = parse_settings(classes, [*argv, *short], prog="foretell inspect data", preset=preset_values)
-        some = encoded.part(chosen)
-        MTPTrainer(mtp, few, some, processing_class=tokenizer, callbacks=[Ticks()]).train()
+    MTPTrainer(mtp, few, encoded.part(chosen), processing_class=tokenizer, callbacks=[Ticks()]).train()
     seconds = statistics.median(after - before for before, after in itertools.pairwise(ticks))
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

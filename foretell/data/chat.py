@@ -215,18 +215,8 @@ class ChatTemplate:
                     found += [begin, behind]
             yield ids, found
 
-    def _start(
-        self,
-        text: str,
-        messages: Messages,
-        turn: int,
-        before: int,
-        template: dict,
-        open_starts: list[tuple[int, str]],
-    ) -> int:
-        """Where an answer starts: behind what the template writes to ask for it. What stands otherwise in the text than
-        it was asked for is added to open_starts.
-        """
+    def _start(self, text: str, messages: Messages, turn: int, before: int, template: dict, opens: list) -> int:
+        """Where an answer starts: behind what the template asks for it with. Shape.open_starts are added to opens."""
         try:
             context = messages[:turn]
             asked = self._render(context, True, template)
@@ -243,7 +233,7 @@ class ChatTemplate:
         before = max(before, self._changing(text, messages, turn - 1, template)[1])
         same = _shared(tail, text[before : before + len(tail)])
         if same < len(tail):
-            open_starts.append((before + same, tail[same]))
+            opens.append((before + same, tail[same]))
         same = max((match.end() for match in self._pieces(tail) if match.end() <= same), default=0)
         if same < len(tail) and same <= len(tail) - header:
             raise ValueError(

@@ -296,10 +296,8 @@ class PromptSet:
 
     def report(self) -> dict[str, Any]:
         """All counts, as JSON takes them."""
-        kept, tokens = (
-            Counter(self._domains[at] for at in self.chosen),
-            [self._kept["tokens"][at] for at in self.chosen],
-        )
+        kept = Counter(self._domains[at] for at in self.chosen)
+        tokens = [self._kept["tokens"][at] for at in self.chosen]
         counted = {"all": sum(tokens), "shortest": min(tokens), "longest": max(tokens)}
         return {
             "steps": self.steps(),

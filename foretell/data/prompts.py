@@ -29,15 +29,8 @@ BATCH = 256  # rows that are tokenized together
 ROWS_IN_MEMORY = 20_000  # more are encoded to a file
 KEPT_COLUMNS = ("document_ids", "position_ids")  # of ready rows, beside hidden_states
 # of the table of encoded rows; input_ids and spans are none of ready rows, and of bad ones, which have a problem
-COLUMNS = {
-    "input_ids": "int32",
-    "spans": "int32",
-    "tokens": "int32",
-    "trained": "int32",
-    "cut": "bool",
-    "problem": "string",
-}
-LISTS = ("input_ids", "spans")
+LISTS, COUNTS = ("input_ids", "spans"), ("tokens", "trained")
+COLUMNS = {**dict.fromkeys((*LISTS, *COUNTS), "int32"), "cut": "bool", "problem": "string"}
 Tokens = tuple[list[int], list[int]]  # ids; where trained spans begin and what is behind each, in turn
 
 

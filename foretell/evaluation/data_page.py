@@ -86,10 +86,8 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [f"{name:<24}{value}" for name, value in facts(found)]
     most = max(bin_["rows"] for bin_ in found["histogram"])
     lines += ["", "tokens of a row"]
-    for bin_ in found["histogram"]:
-        lines.append(
-            f"{bin_['from']:>7,} to {bin_['to']:>7,}{bin_['rows']:>10,} {'█' * round(40 * bin_['rows'] / most)}"
-        )
+    for low, high, rows in map(dict.values, found["histogram"]):
+        lines.append(f"{low:>7,} to {high:>7,}{rows:>10,} {'█' * round(40 * rows / most)}")
     for sample in found["samples"]:
         lines += ["", f"row {sample['row']}: trained tokens in ⟦brackets⟧, ┃ where a document starts"]
         text, before = "", (None, None)
@@ -126,38 +124,28 @@ def write_data_page(found: dict[str, Any], title: str, path: str | Path) -> Path
     """Write the page; folders that are missing are made."""
     most = max(bin_["rows"] for bin_ in found["histogram"])
     bins = [
-        bar_row(f"{bin_['from']:,} to {bin_['to']:,}", bar("mtp", bin_["rows"] / most), f"{bin_['rows']:,}")
-        for bin_ in found["histogram"]
+        bar_row(f"{low:,} to {high:,}", bar("mtp", rows / most), f"{rows:,}")
+        for low, high, rows in map(dict.values, found["histogram"])
     ]
     key = [element("span", kind, class_=f"token {kind}") for kind in ("prompt", "trained", "ignored")]
     depths = f"Under each token, what depths 1 to {found['depth']} are asked there; nothing where they are not."
-    main = [
-        section("Counts", table(("", ""), facts(found))),
-        section("Tokens of a row", bins),
-        section(
-            "Rows as the trainer sees them", note(key, " ", depths), [_drawn(sample) for sample in found["samples"]]
-        ),
-    ]
+    rows = section("Rows as the trainer sees them", note(key, " ", depths), list(map(_drawn, found["samples"])))
+    main = [section("Counts", table(("", ""), facts(found))), section("Tokens of a row", bins), rows]
     return write_page(path, title, "foretell inspect data", [element("h1", title)], main)
 
 
 def _drawn(sample: dict[str, Any]) -> Html:
     cells, count = [], len(sample["tokens"])
     for at in range(min(count, SHOWN_TOKENS)):
-        starts = at > 0 and sample["documents"][at] != sample["documents"][at - 1]
+        starts = " starts" if at > 0 and sample["documents"][at] != sample["documents"][at - 1] else ""
         asked = any(target is not None for target in sample["targets"][at])
         targets = [element("small", _visible(target or "")) for target in sample["targets"][at] if asked]
         token = element("b", _visible(sample["tokens"][at]))
-        cells.append(
-            element("span", token, targets, class_=f"token {sample['kinds'][at]}{' starts' if starts else ''}")
-        )
+        cells.append(element("span", token, targets, class_=f"token {sample['kinds'][at]}{starts}"))
     more = note(f"and {count - SHOWN_TOKENS:,} tokens more") if count > SHOWN_TOKENS else None
     return element("div", element("h3", f"Row {sample['row']:,}: {count:,} tokens"), cells, more, class_="tokens")
 
 
 def _visible(text: str) -> str:
-    return (
-        text.replace("\n", "⏎")
-        .replace("\t", "⇥")
-        .replace(" ", "\N{OPEN BOX}" if not text.strip() else "\N{NO-BREAK SPACE}")
-    )
+    blank = "\N{NO-BREAK SPACE}" if text.strip() else "\N{OPEN BOX}"
+    return text.translate({ord("\n"): "⏎", ord("\t"): "⇥", ord(" "): blank})

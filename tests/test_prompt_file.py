@@ -229,6 +229,8 @@ def test_what_shares_thirteen_words_with_an_evaluation_set_is_left_out(tmp_path)
     assert [row["source"][-1] for row in written(prompts, tmp_path / "out.jsonl")] == ["2", "5"]
     found = prompts.report()["overlaps"][str(evaluation)]
     assert found == {"prompts": 3, "first": [f"rows.jsonl, line {number}" for number in (1, 3, 4)]}
+    other = str(lines(tmp_path / "other.jsonl", [{"q": "far away"}]))
+    assert made([path], exclude=[other]).report()["overlaps"] == {other: {"prompts": 0, "first": []}}
     later = [{"messages": [USER, CHAT[2], {"role": "user", "content": rows[0]}]}, {"prompt": "fine"}]
     assert made([lines(path, later)], exclude=[str(evaluation)]).steps()["in an evaluation set"] == 1
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):

@@ -332,6 +332,11 @@ def test_many_rows_lie_in_a_file_and_several_processes_encode_alike(tmp_path, mo
         del encoded
         gc.collect()
         assert not any(file.exists() for file in files)  # nothing is left behind
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.raises(ValueError, match="no row left|wanted a 'completion'|line 2"):
+        encode_rows([{"text": "one two"}, {"prompt": "one"}] * 8, tokenizer)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_what_is_encoded_is_not_encoded_again_within_the_same_limits():

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     for name, left in report["missing_of_quotas"].items():
         print(f"quota of {name}: {left:,} prompts are missing")
     for name, overlap in report["overlaps"].items():
-        print(f"{name}: {overlap['prompts']:,} prompts overlap, the first in {'; '.join(overlap['first'])}")
+        print(f"{name}: {overlap['prompts']:,} prompts overlap", *overlap["first"], sep="; ")
     if report["tokens"] is not None:
         print("tokens: " + ", ".join(f"{name} {count:,}" for name, count in report["tokens"].items()))
     folder = next(path for path in (Path(settings.output or ".").resolve()).parents if path.is_dir())

@@ -182,7 +182,7 @@ class PromptSet:
         self._problems = Problems(rules.skip_bad_rows)
         self._parts = [part for source in sources for part in open_source(source, "train")[0]]
         self.read, self.dropped, self.found = 0, Counter(), Counter()
-        self.overlaps: dict[str, list[str]] = {}  # of evaluation sets: where prompts were that overlap
+        self.overlaps: dict[str, list[str]] = {name: [] for name in rules.exclude}  # where prompts were that do
         self._evaluations = {name: _grams_of_set(name) for name in rules.exclude}
         self._seen: set[bytes] = set()
         self._near: Any = None
@@ -254,7 +254,7 @@ class PromptSet:
         self._seen.add(digest)
         for name, grams in self._evaluations.items():
             if any(not grams.isdisjoint(_grams(some)) for some in words):
-                self.overlaps.setdefault(name, []).append(place)
+                self.overlaps[name].append(place)
                 return "in an evaluation set"
         return "near-duplicate" if rules.dedupe == "near" and self._is_near(list(chain.from_iterable(words))) else None
 

@@ -12,6 +12,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -174,7 +175,11 @@ def _table(rows: Rows, encode: _Encoder, num_proc: int | None) -> Any:
     features = {name: datasets.List(value) if name in LISTS else value for name, value in values.items()}
     table, many = datasets.Dataset.from_dict({"at": range(len(rows))}), len(rows) > ROWS_IN_MEMORY
     folder = Path(tempfile.mkdtemp(prefix="foretell-")) if many else None
-    with bars(many):
+    if not len(rows):  # of which map makes no columns
+        return datasets.Dataset.from_dict({name: [] for name in features}, datasets.Features(features))
+    with bars(many), ExitStack() as stack:
+        if folder is not None:
+            stack.callback(_remove, folder, os.getpid())
         table = table.map(
             encode,
             batched=True,
@@ -187,10 +192,7 @@ def _table(rows: Rows, encode: _Encoder, num_proc: int | None) -> Any:
             new_fingerprint=uuid.uuid4().hex,  # or datasets would hash all that the encoder holds
             desc="encoding rows",
         )
-    if not len(rows):  # of which map makes no columns
-        table = datasets.Dataset.from_dict({name: [] for name in features}, datasets.Features(features))
-    if folder is not None:
-        weakref.finalize(table, _remove, folder, os.getpid())
+        weakref.finalize(table, stack.pop_all().close)
     return table
 
 

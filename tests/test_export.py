@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -187,6 +188,20 @@ def test_wrong_files_are_caught(tmp_path, case):
     assert set(passed) <= {"fc.weight doubled"}
 
 
+def test_wrong_adapters_are_caught(tmp_path):
+    mtp = uno()
+    export_module(mtp, "peft", tmp_path / "out")
+    form, job = FORMATS["peft"], Job(mtp=mtp, out=tmp_path, model="")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in list(tensors)[:: len(tensors) // 3]:
+        for changed in ({n: t for n, t in tensors.items() if n != name}, tensors | {name: -tensors[name]}):
+            file.unlink()
+            save_file(changed, file)
+            with pytest.raises(ValueError, match="PEFT's logits differ"):
+                form.check(job, tmp_path / "out")
+
+
 @pytest.mark.parametrize("to", ["mimo", "eagle3"])
 def test_states_of_the_wrong_side_of_the_norm_are_caught(tmp_path, to):
     """A module for states before the norm, written as one for states after it."""
@@ -290,6 +305,18 @@ def test_what_has_no_place_is_told_at_once_and_nothing_is_written(tmp_path, case
     for words in wanted:
         assert words in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_trains_is_read_without_its_noise(tmp_path):
+    mtp = sequential("llama", {"attention_dropout": 0.5}).train()
+    assert export_module(mtp, "mimo", tmp_path / "out", check=True) and mtp.model.training and mtp.module.training
+
+
+def test_a_target_with_adapters_is_not_the_one_that_is_served(tmp_path):
+    model = peft.get_peft_model(target(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    mtp = get_mtp_model(model, SequentialConfig(**ONE))
+    with pytest.raises(ValueError, match="has adapters, which the served one has not"):
+        export_module(mtp, "mimo", tmp_path / "out")
 
 
 def test_bad_requests(tmp_path):

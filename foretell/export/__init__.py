@@ -14,6 +14,7 @@ from foretell.export.eagle3 import Eagle3
 from foretell.export.mimo import Mimo
 from foretell.export.native import Native
 from foretell.export.peft import Peft
+from foretell.methods.learning import in_eval_mode
 from foretell.mtp import MTPModel
 from foretell.runtime import atomic_folder
 
@@ -48,15 +49,20 @@ def export_module(
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     job = Job(mtp=mtp, out=Path(out).resolve(), model=name, tokenizer=tokenizer)
     job.dtype, form = DTYPES.get(dtype or ""), FORMATS[to]
+    if getattr(mtp.model, "peft_config", None):
+        raise ValueError(
+            "model: has adapters, which the served one has not; merge them (merge_and_unload) and save it."
+        )
     if check and job.target.dtype != torch.float32:
         raise ValueError(f"check: got a target in {job.target.dtype}, wanted fp32: load it with dtype=torch.float32.")
-    if problems := form.problems(job):
-        fitting = [name for name, one in FORMATS.items() if not one.problems(job)]
-        has = f"What has: {', '.join(fitting) or 'no format'}; foretell's own generate runs every module."
-        raise ValueError("\n".join([f"{to} ({form.readers}) has no place for this module:", *problems, has]))
-    with atomic_folder(out) as folder:
-        said = form.write(job, folder)
-        said += [f"checked: {line}" for line in form.check(job, folder)] if check else []
+    with in_eval_mode(mtp):
+        if problems := form.problems(job):
+            fitting = [name for name, one in FORMATS.items() if not one.problems(job)]
+            has = f"What has: {', '.join(fitting) or 'no format'}; foretell's own generate runs every module."
+            raise ValueError("\n".join([f"{to} ({form.readers}) has no place for this module:", *problems, has]))
+        with atomic_folder(out) as folder:
+            said = form.write(job, folder)
+            said += [f"checked: {line}" for line in form.check(job, folder)] if check else []
     return [f"{job.out}: {to}, for {form.readers}", *said]
 
 

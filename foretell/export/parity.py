@@ -172,9 +172,8 @@ def same_logits(job: Job, reader: Reader, prompts: Sequence[Tensor]) -> list[str
     for ids_1T in prompts:
         last = ids_1T.shape[1] - 1 - K
         anchors = sorted({round(i * last / (ANCHORS - 1)) for i in range(ANCHORS)})
-        theirs_AKV = reader.said(job.target, ids_1T, anchors, K)
         ours_AKV = own_logits(job.rounded, job.target, ids_1T, reader.zero_first)[anchors]
-        far_K = torch.maximum(far_K, distances(ours_AKV, theirs_AKV).cpu())
+        far_K = far_K.maximum(distances(ours_AKV, reader.said(job.target, ids_1T, anchors, K)).cpu())
     return verdict(far_K, f"its reader's layers, {len(prompts)} prompts")
 
 

@@ -23,7 +23,7 @@ from foretell.cli.train import module_settings, preset_values
 from foretell.config import parse_settings
 from foretell.runtime import clock
 
-PLAN_STEPS = 4  # that are run, the first not counted
+PLAN_STEPS = 3  # that are run, the first not counted
 
 
 @dataclass(kw_only=True)

@@ -131,5 +131,8 @@ def test_what_cannot_be_shown_is_said(folder, capsys):
     assert "no row left to train on" in capsys.readouterr().err
     assert main(["inspect", "data", "chats.jsonl"]) == 2
     assert "model: got nothing" in capsys.readouterr().err
-    assert main(["inspect", "data"]) == 2  # a module's folder of that name, as before
-    assert "data" in capsys.readouterr().err
+    for argv in (["inspect", "data"], ["inspect", "data", "--json"]):  # a module's folder of that name, as before
+        assert main(argv) == 2 and "data/mtp_config.json: not there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["inspect", "data", "--help"])
+    assert "usage: foretell inspect data" in capsys.readouterr().out

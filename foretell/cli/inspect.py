@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
     from foretell.checkpoint import CONFIG_FILE
 
-    if len(argv) > 1 and argv[0] == "data" and not argv[1].startswith("--"):
+    if list(argv[:1]) == ["data"] and list(argv[1:]) not in ([], ["--json"]):  # those: a folder of that name
         from foretell.cli.inspect_data import main as inspect_data
 
         return inspect_data(argv[1:])

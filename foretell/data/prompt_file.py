@@ -29,6 +29,7 @@ QUESTIONS = ("prompt", "question", "query", "problem", "input")  # columns of a 
 DEDUPE = ("exact", "normalised", "near")  # each does what those before it do
 NGRAM = 13  # words that a prompt must not share with an evaluation set
 SHINGLE, PERMUTATIONS, ALIKE = 3, 128, 0.8  # words; MinHash; Jaccard similarity from which two prompts are one
+NEARBY = 0.6  # similarity from which prompts are compared: nearly all of those at ALIKE are then found
 BATCH = 256  # rows that are tokenized together
 COLUMNS = ("part i", "row q", "chance Q", "size q", "tokens q")  # that are held of each prompt, and their types
 STEPS = ("bad row", "other turns", "length", "duplicate", "near-duplicate", "in an evaluation set", "quota or limit")
@@ -185,7 +186,7 @@ class PromptSet:
         self.overlaps: dict[str, list[str]] = {name: [] for name in rules.exclude}  # where prompts were that do
         self._evaluations = {name: _grams_of_set(name) for name in rules.exclude}
         self._seen: set[bytes] = set()
-        self._near: Any = None
+        self._near, self._hashes = None, []  # MinHashes of those that were none
         self._kept = {name: array(kind) for name, kind in map(str.split, COLUMNS)}
         self._domains: list[str] = []
         for at, index, prompt, domain, tokens in self._judged():
@@ -260,15 +261,16 @@ class PromptSet:
 
     def _is_near(self, words: list[str]) -> bool:
         try:
-            from datasketch import MinHash, MinHashLSH
+            from datasketch import LeanMinHash, MinHash, MinHashLSH
         except ImportError as error:
             raise ValueError("dedupe: near needs datasketch: pip install 'foretell[data]'.") from error
-        self._near = self._near or MinHashLSH(threshold=ALIKE, num_perm=PERMUTATIONS)
+        self._near = self._near or MinHashLSH(threshold=NEARBY, num_perm=PERMUTATIONS)
         made = MinHash(num_perm=PERMUTATIONS)
         made.update_batch([" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))])
-        alike = bool(self._near.query(made))
+        alike = any(self._hashes[at].jaccard(made) >= ALIKE for at in self._near.query(made))
         if not alike:
-            self._near.insert(len(self._seen), made)
+            self._near.insert(len(self._hashes), made)
+            self._hashes.append(LeanMinHash(made))
         return alike
 
     def _choose(self) -> list[int]:

@@ -186,7 +186,8 @@ class PromptSet:
         self.overlaps: dict[str, list[str]] = {name: [] for name in rules.exclude}  # where prompts were that do
         self._evaluations = {name: _grams_of_set(name) for name in rules.exclude}
         self._seen: set[bytes] = set()
-        self._near, self._hashes = None, []  # MinHashes of those that were none
+        self._near: Any = None
+        self._hashes: list[Any] = []  # of prompts that are near no earlier one
         self._kept = {name: array(kind) for name, kind in map(str.split, COLUMNS)}
         self._domains: list[str] = []
         for at, index, prompt, domain, tokens in self._judged():

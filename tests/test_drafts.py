@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from tiny import VOCAB
 from torch import Tensor
 
 from foretell.decoding.compose import Composed
-from foretell.methods.chain import LEAST
+from foretell.methods.chain import LEAST, branch
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
 from foretell.models.linears import BYTES, HALF, INT8, PackedLinear
@@ -186,3 +188,93 @@ def test_next_best_guesses_stand_beside_the_chain(kind):
         assert [tree.confidence[i] for i in first] == pytest.approx(best.values.tolist()[: len(first)], abs=1e-4)
         assert len(first) == max(1, int((best.values >= LEAST).sum()))
     assert leaves > 10
+
+
+# -- trees of guesses that read no guess -------------------------------------------------------------------------------
+
+
+def chain_and_leaves(rng: random.Random, depths: int, S: int) -> tuple[Draft, list[list[tuple[int, float]]]]:
+    """A draft as "auto" begins with, and of each depth its guesses, best first."""
+    draft, levels, at = Draft(), [], -1
+    for depth in range(depths):
+        shares = sorted((rng.random() ** 3 for _ in range(S + 1)), reverse=True)
+        level = [(100 * depth + s, shares[s] / sum(shares)) for s in range(S)]
+        levels.append([one for s, one in enumerate(level) if s == 0 or one[1] >= LEAST])
+        made = [draft.add(token, at, sure, "mtp") for token, sure in reversed(levels[-1])]
+        at = made[-1]
+    return draft, levels
+
+
+def paths(draft: Draft) -> dict[tuple[int, ...], float]:
+    """The tokens that lead to each one, itself last, and the chance of all of them."""
+    found: list[tuple[tuple[int, ...], float]] = []
+    for token, parent, sure in zip(draft.tokens, draft.parents, draft.confidence, strict=True):
+        before, chance = found[parent] if parent >= 0 else ((), 1.0)
+        found.append(((*before, token), chance * sure))
+    assert len(dict(found)) == len(found), "no path stands there twice"
+    return dict(found)
+
+
+def test_a_tree_holds_every_likely_path_and_is_never_worse_than_leaves():
+    rng, better = random.Random(4), 0
+    for _ in range(60):
+        draft, levels = chain_and_leaves(rng, rng.randint(1, 4), rng.randint(1, 4))
+        leaves = paths(draft)
+        branch([draft])
+        tree = paths(draft)
+        every: dict[tuple[int, ...], float] = {}
+        for depth in range(1, len(levels) + 1):
+            for ones in itertools.product(*levels[:depth]):
+                every[tuple(token for token, _ in ones)] = torch.tensor([p for _, p in ones]).double().prod().item()
+        wanted = {path for path, chance in every.items() if chance >= LEAST} | set(leaves)
+        assert set(tree) == wanted, "all products of the depths' guesses, by walking them"
+        assert all(chance == pytest.approx(every[path]) for path, chance in tree.items())
+        for rows in range(1, len(leaves) + 1):  # the tokens that so many rows bring
+            one, other = (sum(sorted(of.values())[-rows:]) for of in (tree, leaves))
+            assert one >= other - 1e-12
+            better += one > 1.01 * other
+    assert better > 20
+
+
+def test_trees_of_a_large_batch_share_what_there_is(monkeypatch):
+    monkeypatch.setattr("foretell.methods.chain.MOST", 40)
+    (alone,), drafts = ([chain_and_leaves(random.Random(9), 4, 4)[0] for _ in range(count)] for count in (1, 4))
+    before = len(alone)
+    branch([alone])
+    branch(drafts)
+    assert len(alone) > before and all(len(one) == max(before, 10) for one in drafts)
+
+
+@pytest.mark.parametrize("kind", ["heads", "masked"])
+def test_what_follows_a_second_guess_is_verified(kind, monkeypatch):
+    """The first guess of depth 1 is always wrong, its second right, as are the first ones of the depths behind it."""
+    mtp, ids_BT, now = GUESSING[kind](leaning_model()), prompts(3), []
+    wanted = run(mtp, ids_BT, num_draft_tokens=0).sequences.tolist()
+    honest = type(mtp.drafter()).draft
+
+    def draft(self: Any, sequences: Any, *given: Any) -> list[Draft]:
+        now[:] = [sequences, 0]
+        return honest(self, sequences, *given)
+
+    def guesses(self: Any, logits_BM: Tensor, width: int) -> tuple[Tensor, Tensor, None]:
+        sequences, now[1] = now[0], now[1] + 1
+        text = [(wanted[s.index] + [5] * 9)[len(s.tokens) - 1 + now[1]] for s in sequences]
+        ones = [[token, (token + 1) % VOCAB] for token in text]
+        tokens_BS = torch.tensor([one[::-1] if now[1] == 1 else one for one in ones])
+        return tokens_BS, torch.tensor([[0.5, 0.3]]).expand(len(text), 2), None
+
+    monkeypatch.setattr(type(mtp.drafter()), "draft", draft)
+    monkeypatch.setattr(type(mtp.drafter()), "_guesses", guesses)
+    taus = []
+    for grown in (True, False):
+        with monkeypatch.context() as patch:
+            if not grown:
+                for place in ("chain", "heads"):
+                    patch.setattr(f"foretell.methods.{place}.branch", lambda drafts: None)
+            drafter = mtp.drafter()
+            drafter.guesses = 2
+            out = run(mtp, ids_BT, drafter=drafter)
+            assert out.sequences.tolist() == wanted
+            taus.append(out.stats.tau)
+    assert taus[0] > 3 and taus[1] <= 2, "leaves end at the second guess"
+    assert run(mtp, ids_BT, num_draft_tokens="auto").sequences.tolist() == wanted

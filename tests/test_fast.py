@@ -97,25 +97,6 @@ def test_attention_is_transformers_eager_attention(tree, heads, softcap, window)
         assert float((out - other).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("lengths", [[900, 905], [900, 300], [0, 905]])
-def test_what_lies_before_every_window_is_not_read(lengths, softcap, monkeypatch):
-    query, key, value = states(6, 2, 4, 1000)
-    key[:, :, : max(min(lengths) - 99, 0)] = torch.nan  # what is read, even with no weight, spoils the sum
-    value[:, :, : max(min(lengths) - 99, 0)] = torch.nan
-    masks = RowMasks()
-    module = module_of(6, 2, masks)
-    for parents in (None, torch.tensor(TREES["tree"])):
-        masks.begin(torch.tensor(lengths), 1000, 4, parents_BR=parents)
-        out, _ = foretell_attention(module, query, key, value, None, softcap=softcap, sliding_window=100)
-        mask = brute_mask((TREES["chain"] if parents is None else TREES["tree"]), lengths, 1000, 100)
-        clean = key.nan_to_num(0), value.nan_to_num(0)
-        wanted, _ = eager(module, query, *clean, additive(mask), scaling=8**-0.5, softcap=softcap)
-        torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
-        handed, _ = foretell_attention(module, query, key, value, mask, softcap=softcap)
-        torch.testing.assert_close(handed, wanted, atol=2e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_sinks(heads):
     query, key, value = states(*heads, 3, 7)

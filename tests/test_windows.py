@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foretell.decoding import loop
+from foretell.decoding.compose import Composed
 from foretell.decoding.loop import Decoder
 from foretell.decoding.scores import RowScores
+from foretell.methods import chain
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
 from foretell.models.graphs import StaticSteps
-from foretell.models.slot_cache import Ring, SlotCache
+from foretell.models.slot_cache import Ring, SlotCache, SlotRows
 from foretell.models.target import Target
 from foretell.mtp import get_mtp_model
 from foretell.ops.tree import chain_mask, row_mask
-from foretell.types import SequenceState
+from foretell.types import Draft, SequenceState
 
 WINDOW, SPARE = 7, 5
 
@@ -41,6 +43,7 @@ def spare(monkeypatch):
     """Few rows to spare, so that rings go round within short texts."""
     monkeypatch.setattr(SlotCache, "SPARE", SPARE)
     monkeypatch.setattr(loop, "PREFILL_ROWS", SPARE)
+    monkeypatch.setattr(chain, "READ_ROWS", SPARE)
 
 
 @functools.cache
@@ -264,6 +267,40 @@ def test_texts_are_transformers_own_past_several_windows(spare, name, kind):
         assert max(widths) < WINDOW + 2 * 16 < NEW, "trees need more room than chains"
 
 
+class Proposed(Composed):
+    """Remembers what was drafted."""
+
+    def draft(self, *given: Any) -> list[Draft]:
+        drafts = super().draft(*given)
+        self.seen += [(draft.tokens, draft.confidence) for draft in drafts]
+        return drafts
+
+
+@pytest.mark.parametrize("shape", [{"shared_module": True}, {"shared_module": False}, {"head_type": "layer"}])
+def test_modules_of_a_windowed_layer_draft_what_they_would_if_they_kept_everything(spare, monkeypatch, shape):
+    model, seen, widths = model_of("mistral"), [], []
+    if "head_type" in shape:
+        mtp = get_mtp_model(model, HeadsConfig(depth=2, **shape))
+    else:
+        mtp = knowing_mtp(model, noise=0.1, **shape)
+    for rings in (True, False):
+        with monkeypatch.context() as patch:
+            if not rings:
+                patch.setattr(SlotCache, "open", lambda self, windows=None: SlotRows.open(self))
+            drafter = Proposed([mtp.drafter(dtype="float32")])
+            drafter.seen = []
+            for inputs, slots in ((prompts(15, 3, 26), 4), (prompts(4, 30, 9), 2)):
+                run(mtp, inputs, max_new_tokens=NEW, drafter=drafter, num_draft_tokens=2, slots=slots)
+            (inner,) = drafter.drafters
+            caches = inner._caches if "head_type" in shape else [inner._cache]
+            widths.append([ring.width for cache in caches for ring in cache.rings.values()])
+        seen.append(drafter.seen)
+    assert set(widths[0]) == {WINDOW + SPARE - 1} and not widths[1]
+    assert [tokens for tokens, _ in seen[0]] == [tokens for tokens, _ in seen[1]] and len(seen[0]) > 60
+    sure = [torch.tensor([p for _, one in mine for p in one]) for mine in seen]
+    assert float((sure[0] - sure[1]).abs().max()) < 1e-4 < float((sure[0] - sure[1].roll(1)).abs().max())
+
+
 def test_more_rows_than_there_is_room_for_make_room(spare):
     """Masks below every row: more of them than a ring has to spare."""
     model = model_of("mistral")
@@ -292,7 +329,7 @@ def test_a_step_that_goes_round_waits_for_nothing(spare, monkeypatch):
     monkeypatch.setattr("foretell.models.fast._can_pack", lambda module: False)
     target, cache, long = Target(tiny_model("gemma2")), SlotCache(), {"dtype": torch.long}
     cache.open(target.windows)
-    for R in (3, 2 * SPARE):
+    for R in (3, SPARE):
         parents = torch.arange(-1, R - 1).repeat(2, 1)
         buffers = [torch.zeros(2, R, **long), torch.zeros(2, **long), torch.zeros(2, R, **long)]
         arguments = (*buffers, parents, torch.tensor([R, 2]), 64, cache)

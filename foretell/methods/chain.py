@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from foretell.types import Draft, ModuleDrafter, SequenceState, Warp, Worth
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
 Picked = tuple[int, Tensor, Tensor, Tensor | None]  # a depth and its _guesses
 LEAST = 0.02  # further guesses less likely than this are not offered
+MOST = 128  # of all sequences together; what rows cost decides how many of them are verified
 FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more forward
 
 
@@ -61,7 +64,8 @@ def begin_rows(
     R = max(counts)
     lengths_B, valid_rows_B, start = begin_cache(cache, slot, starts, counts, device)
     full = R == 1 and start is not None
-    masks.begin(lengths_B, max(starts) + R, R, valid_rows_B=valid_rows_B, full=full, start=start)
+    columns = cache.columns()
+    masks.begin(lengths_B, max(starts) + R, R, valid_rows_B=valid_rows_B, full=full, start=start, columns=columns)
     return lengths_B[:, None] + torch.arange(R, device=device)
 
 
@@ -81,6 +85,30 @@ def begin_cache(
 def probabilities(logits: Tensor) -> Tensor:
     """Of what a module says; where that is no number, of nothing in particular: its drafts harm no text."""
     return torch.softmax(logits.float().nan_to_num(), dim=-1)
+
+
+def branch(drafts: list[Draft]) -> None:
+    """Let what was guessed for a depth follow every guess of the depth before, the likeliest paths first: right where
+    no depth reads what was drafted before it. Drafts that were a chain and leaves beside it keep those.
+    """
+    for draft in drafts:
+        path: list[tuple[float, int]] = []  # chance and depth of each token
+        below: dict[int, list[tuple[int, float, str]]] = defaultdict(list)  # by depth, what may follow
+        for parent, one in zip(
+            draft.parents, zip(draft.tokens, draft.confidence, draft.sources, strict=True), strict=True
+        ):
+            chance, depth = path[parent] if parent >= 0 else (1.0, 0)
+            path.append((chance * one[1], depth + 1))
+            below[depth].append(one)
+        leaves = set(range(len(path))).difference(draft.parents)
+        border = [(-path[i][0] * one[1], i, one) for i in leaves for one in below[path[i][1]]]
+        heapify(border)
+        while border and -border[0][0] >= LEAST and len(draft) * len(drafts) < MOST:
+            chance, parent, (token, sure, source) = heappop(border)
+            i, depth = draft.add(token, parent, sure, source), path[parent][1] + 1
+            path.append((-chance, depth))
+            for one in below[depth]:
+                heappush(border, (chance * one[1], i, one))
 
 
 class OwnDrafter(ModuleDrafter):
@@ -158,9 +186,10 @@ class ChainDrafter(OwnDrafter, ABC):
     """A method gives _step (the logits of one depth) and _limit (how deep a sequence can be drafted now).
 
     on_device: the next depth finds what was drafted by itself, so that the host need not read it in between.
+    reads_drafts: a depth's guesses depend on those before.
     """
 
-    on_device = False
+    on_device, reads_drafts = False, True
 
     def __init__(self, module: MTPModule, target: Target, dtype: str) -> None:
         super().__init__(module, target)
@@ -206,6 +235,8 @@ class ChainDrafter(OwnDrafter, ABC):
             if worth is not None or not self.on_device:
                 self._read(picked, drafts, wanted)
         self._read(picked, drafts, wanted)
+        if self.guesses > 1 and not self.reads_drafts:
+            branch(drafts)
         return drafts
 
     def _read(self, picked: list[Picked], drafts: list[Draft], wanted: list[int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foretell.methods.base import MTPConfig, MTPModule
-from foretell.methods.chain import FEW_ROWS, LEAST, OwnDrafter, begin_rows, reading_plan
+from foretell.methods.chain import FEW_ROWS, LEAST, OwnDrafter, begin_rows, branch, reading_plan
 from foretell.models.attention import RowMasks
 from foretell.models.fast import fast_view
 from foretell.models.mtp_heads import HeadType, InitStrategy, MTPHead
@@ -201,8 +201,9 @@ class HeadsDrafter(OwnDrafter):
 
     def open(self, slots: int, capacity: int) -> None:
         """See Watcher."""
-        for storage in (self._states, *self._caches):
-            storage.open()
+        self._states.open()
+        for cache, head in zip(self._caches, self.module.heads, strict=True):
+            cache.open(head.body.windows)
         self._done = [0] * slots
 
     def start(self, slot: int) -> None:
@@ -258,13 +259,15 @@ class HeadsDrafter(OwnDrafter):
         self.calls += 1
         products_BKM, states_BKD = self._products(sequences, depth)
         self._walk(drafts, products_BKM, states_BKD, self.last_tokens(sequences, drafts), asked)
+        if self.guesses > 1 and self.module.bigram is None:
+            branch(drafts)
         return drafts
 
     def _walk(
         self, drafts: list[Draft], products_BKM: Tensor, states_BKD: Tensor, begin_B: Tensor, asked: list[int]
     ) -> None:
-        """The tree of ranks given by the caller, or a chain of first guesses and beside each its likely others. Level
-        by level, since a bigram makes what a head says depend on the guess before.
+        """The tree of ranks given by the caller, or a chain of first guesses and beside each its likely others, for
+        `branch`. Level by level, since a bigram makes what a head says depend on the guess before.
         """
         depth, tree = products_BKM.shape[1], None if self.sample or self.guesses > 1 else self.tree
         if not tree:

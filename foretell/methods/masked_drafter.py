@@ -39,6 +39,7 @@ class MaskedDrafter(ChainDrafter):
         self.layout: Layout = "quadratic"
         self.masks = module.config.depth  # K of each block
         self._sampler = None if sampler is None else fast_view(sampler, dtype)
+        self.reads_drafts = sampler is not None or module.bigram is not None
 
     def _renew(self) -> None:
         self._states: list[Tensor | None] = []  # of each slot: the masks below its last token
@@ -94,7 +95,7 @@ class MaskedDrafter(ChainDrafter):
         """See ModuleDrafter. Without a sampler and a bigram no depth reads what was drafted before it: all are read at
         once.
         """
-        if self._sampler is not None or self.module.bigram is not None:
+        if self.reads_drafts:
             return self._step(sequences, drafts, k, asked)
         if k == 1:
             self.calls += 1

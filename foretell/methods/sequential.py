@@ -285,7 +285,7 @@ class SequentialDrafter(ChainDrafter):
 
     def open(self, slots: int, capacity: int) -> None:
         """See Watcher."""
-        self._cache.open()
+        self._cache.open(self.module.block(1).block.foretell_windows)
         self._states.open()
         self._device, self._embed = self.target.device, self.target.embed_tokens  # to ask the model takes its time
         self._told = [0] * slots  # leading tokens that are kept on the device

@@ -26,7 +26,6 @@ from foretell.ops.tree import chain_mask, depths, document_mask, positions, row_
 
 NAME = "foretell"
 _BAND_ROWS = 16  # up to so many, masks of chains are kept
-_LONG = 512  # columns, from which on it pays to look which of them are hidden from all rows
 
 
 class RowMasks(OfThread):
@@ -150,15 +149,10 @@ class RowMasks(OfThread):
         _, size = (mask, window) if mask is None else self._made.get(("size", id(mask)), (mask, -1))
         self.noted[layer] = (size or 0) if self.noted.get(layer, size) == size else -1
 
-    def first(self, mask: Tensor | None) -> int:
-        """The first column that any row sees by a mask of this step: what lies before a window is not even read."""
-        if mask is None or mask.shape[-1] < _LONG or mask.device.type != "cpu":  # a GPU would have to be waited for
-            return 0
-        key = ("first", id(mask))
-        if key not in self._made:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-            self._made[key] = mask, int(seen.flatten(0, -2).any(0).int().argmax())
-        return self._made[key][1]
+    def windows(self) -> dict[int, int]:
+        """By layer, the window that its attention was told since somebody asked; none if a mask was not ours."""
+        noted, self.noted = self.noted, {}
+        return {} if -1 in noted.values() else {layer: size for layer, size in noted.items() if size}
 
 
 class _Asked(OfThread):
@@ -225,9 +219,6 @@ def foretell_attention(
         mask = masks.get(sliding_window, G, additive)
     else:
         raise RuntimeError("attention 'foretell' needs a mask: run rows through Target, not the model itself.")
-    before = 0 if masks is None else masks.first(mask)
-    if before:
-        key, value, mask = key[:, :, before:], value[:, :, before:], mask[..., before:]
     packed = query.reshape(B, H, G * R, E)
     if plain:
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)

@@ -97,6 +97,7 @@ def _run_alone(target: Target, block: nn.Module, layer_type: str | None, **besid
         use_cache=False,
         **beside,
     )
+    block.foretell_windows = masks.windows()  # what a cache of its own need not keep
     out = out[0] if isinstance(out, tuple) else out
     if out.shape != hidden_BTD.shape:
         raise ValueError(f"states {tuple(hidden_BTD.shape)} come out as {tuple(out.shape)}")

@@ -39,6 +39,7 @@ class Body(nn.Module):
     layers = 0
     turns = False
     layer_type: str | None = None
+    windows: dict[int, int] | None = None  # of its layers that never look further back
 
     def forward(
         self, hidden_BTD: Tensor, position_ids_BT: Tensor, places: Any = None, cache: SlotCache | None = None
@@ -194,6 +195,7 @@ class LayerBody(Body):
         copies = [block_copy(target) for _ in range(layers)]
         self.stack = nn.ModuleList(block for block, _ in copies)
         self.layer_type = copies[0][1]
+        self.windows = {i: size for i, (one, _) in enumerate(copies) for size in one.foretell_windows.values()}
         for index, block in enumerate(self.stack):
             for part in block.modules():
                 if hasattr(part, "layer_idx"):

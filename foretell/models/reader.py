@@ -256,9 +256,8 @@ class RowReader:
         return self.view().__dict__["foretell_windows"]
 
     def windows_noted(self) -> dict[int, int]:
-        """`windows` as of what the layers' attention was told since somebody asked; none if a mask is not ours."""
-        noted, self._masks.noted = self._masks.noted, {}
-        return {} if -1 in noted.values() else {layer: size for layer, size in noted.items() if size}
+        """See RowMasks.windows."""
+        return self._masks.windows()
 
     @contextmanager
     def bare(self, tree: nn.Module) -> Iterator[None]:
@@ -314,7 +313,8 @@ class RowReader:
         read_as: how long each sequence's text was when the first of it was read; see TextLengths.of.
         """
         B, R = input_ids_BR.shape
-        cache.make_room(first, lengths_B, R)
+        for ring in cache.rings.values():
+            ring.make_room(first, lengths_B, R)
         if position_ids_BR is None:
             position_ids_BR = lengths_B[:, None] + torch.arange(R, device=lengths_B.device)
         static = self.static

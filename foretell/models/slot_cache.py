@@ -248,6 +248,7 @@ class Ring(SlotRows):
         self, first: int, lengths_B: Tensor, valid_BR: Tensor | None, rows: int, visible: int, start: int | None = None
     ) -> None:
         """See SlotRows."""
+        assert rows <= self.spare, f"{rows} rows without make_room, where {self.spare} are spare"
         self._newest_B1, self.goes_round = lengths_B[:, None] + (rows - 1), visible > self.width
         if start is not None:
             start = start % self.width if start % self.width + rows <= self.width else None
@@ -309,11 +310,6 @@ class SlotCache(SlotRows, Cache):
             self.rings = {window: Ring(window, self.SPARE) for window in self.windows.values()}
         for ring in self.rings.values():
             ring.open()
-
-    def make_room(self, first: int, lengths_B: Tensor, rows: int) -> None:
-        """See Ring."""
-        for ring in self.rings.values():
-            ring.make_room(first, lengths_B, rows)
 
     def columns(self) -> dict[int, Tensor]:
         """By window, the columns that this step's rows are shown, where that is not all in order; see Ring."""

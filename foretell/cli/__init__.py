@@ -20,6 +20,12 @@ VERBS = {
     "generate": ("foretell.cli.generate:main", "decode with an MTP module, losslessly"),
     "export": ("foretell.cli.export:main", "write a module as engines and people read it, and prove it"),
     "inspect": ("foretell.cli.inspect:main", "say what is in a module's or model's folder; inspect data: look at rows"),
+    "evaluate": ("foretell.cli.evaluate:main", "measure acceptance and speed of a module on a workload"),
+    "verify": ("foretell.cli.verify:main", "check that decoding with a module is lossless; exit status 1 if not"),
+    "sweep": ("foretell.cli.evaluate:sweep", "measure every draft length and batch size beside auto"),
+    "compare": ("foretell.cli.evaluate:compare", "say what differs between two evaluations, and what is noise"),
+    "report": ("foretell.cli.evaluate:report", "draw an evaluation as one HTML page"),
+    "inspect": ("foretell.cli.inspect:main", "say what is in a folder: method, sizes, memory, provenance"),
     "demo": ("foretell.cli.demo:main", "train and compare on a real model, on this machine, in minutes"),
 }
 

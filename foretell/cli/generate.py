@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foretell.cli.loading import DTYPES, load_target
+from foretell.cli.loading import DTYPES, load_target, load_with_module
 from foretell.config import parse
 
 
@@ -82,23 +82,17 @@ def main(argv: Sequence[str]) -> int:
     import torch
     from transformers import TextStreamer
 
-    from foretell.checkpoint import shipped
     from foretell.decoding.policies import LOSSY, SPANS, check_policy
-    from foretell.methods.sequential import SequentialConfig
-    from foretell.mtp import MTPModel, get_mtp_model
 
     check_policy(settings.policy)
     model, tokenizer = load_target(settings.model, settings.dtype)
-    folder = settings.module or shipped(model)
-    if folder is not None:
-        usual = "mtp" if settings.policy in SPANS else "mtp+lookup"
-        mtp, drafter = MTPModel.from_pretrained(model, folder), settings.drafter or usual
-    else:
-        if settings.policy in SPANS:
-            raise ValueError(f"policy: got {settings.policy!r}, which needs a trained module: --module FOLDER.")
-        mtp, drafter = get_mtp_model(model, SequentialConfig(depth=1)), settings.drafter or "lookup"
-        if "mtp" in drafter:
-            raise ValueError(f"drafter: got {drafter!r}, which needs a trained module: --module FOLDER.")
+    mtp, trained = load_with_module(model, settings.module)
+    usual = ("mtp" if settings.policy in SPANS else "mtp+lookup") if trained else "lookup"
+    drafter = settings.drafter or usual
+    if not trained and settings.policy in SPANS:
+        raise ValueError(f"policy: got {settings.policy!r}, which needs a trained module: --module FOLDER.")
+    if not trained and "mtp" in drafter:
+        raise ValueError(f"drafter: got {drafter!r}, which needs a trained module: --module FOLDER.")
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     if settings.chat and getattr(tokenizer, "chat_template", None):
         inputs = tokenizer.apply_chat_template(

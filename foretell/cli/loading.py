@@ -33,6 +33,20 @@ def load_target(path: str, dtype: str = "auto", from_scratch: bool = False) -> t
     return model, tokenizer
 
 
+def load_with_module(model: Any, folder: str | None) -> tuple[Any, bool]:
+    """(MTPModel, whether it has a trained module): of the folder, else the one that ships for this model, else none,
+    for drafting by lookup.
+    """
+    from foretell.checkpoint import shipped
+    from foretell.methods.sequential import SequentialConfig
+    from foretell.mtp import MTPModel, get_mtp_model
+
+    found = folder or shipped(model)
+    if found is None:
+        return get_mtp_model(model, SequentialConfig(depth=1)), False
+    return MTPModel.from_pretrained(model, found), True
+
+
 def chat_template(name: str, tokenizer: Any) -> str:
     """The chat template of a file, one of TRL's by its name, or for "auto" TRL's training variant of the tokenizer's
     own (where it has none, the tokenizer's own).

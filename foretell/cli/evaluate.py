@@ -1,0 +1,385 @@
+"""foretell evaluate, sweep, compare, report: acceptance and speed, measured, searched, compared and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foretell.cli.loading import DTYPES, load_target, load_with_module
+from foretell.config import parse
+from foretell.runtime import provenance, write_json_atomic
+
+KEPT = ".rounds.jsonl"  # beside the output, until it is written
+
+
+@dataclass(kw_only=True)
+class Workload:
+    """What evaluate and sweep are told alike."""
+
+    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
+    module: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
+    )
+    prompts: list[str] = field(
+        metadata={"help": "spec-bench:FILE, mt-bench:FILE, gsm8k:FILE, humaneval:FILE, demo, or any rows with prompts."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Prompts of each category; null for all."})
+    output: str = field(metadata={"help": "Where the numbers go, as JSON."})
+    drafter: str | None = field(default=None, metadata={"help": "mtp, lookup, or mtp+lookup (default with a module)."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
+    thinking: bool | None = field(
+        default=None, metadata={"help": "enable_thinking of the chat template, if it has it."}
+    )
+    repeats: int = field(default=5, metadata={"help": "Times that each way decodes each prompt, at most."})
+    precision: float = field(
+        default=0.03, metadata={"help": "Stop from 3 repeats on, where all ratios are known to that (95 %)."}
+    )
+    minutes: float | None = field(default=None, metadata={"help": "Begin no further repeat behind that."})
+    seed: int = field(default=0, metadata={"help": "Of samples."})
+    dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
+
+    def problems(self) -> list[str]:
+        """See config.check."""
+        found = [
+            f"{name}: got {value}, wanted at least 1."
+            for name in ("max_new_tokens", "repeats", "limit", "batch_size")
+            for value in (getattr(self, name, None),)
+            if isinstance(value, int) and value < 1
+        ]
+        if not self.temperature >= 0:
+            found.append(f"temperature: got {self.temperature}, wanted 0 (greedy) or more.")
+        if not 0 < self.precision < 1:
+            found.append(f"precision: got {self.precision}, wanted a share between 0 and 1, such as 0.03.")
+        if self.drafter not in (None, "mtp", "lookup", "mtp+lookup"):
+            found.append(f"drafter: got {self.drafter!r}, wanted mtp, lookup or mtp+lookup.")
+        if self.dtype not in DTYPES:
+            found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
+        if os.path.isdir(self.output):
+            found.append(f"output: got {self.output}, which is a folder; wanted a file's name, such as run.json.")
+        return found
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings(Workload):
+    """Flags of `foretell evaluate`."""
+
+    num_draft_tokens: str = field(default="auto", metadata={"help": "Drafts a verification, or auto."})
+    batch_size: int = field(default=1, metadata={"help": "Prompts that are decoded at once."})
+    transformers: bool = field(default=True, metadata={"help": "Measure transformers' own generate too."})
+
+    def problems(self) -> list[str]:
+        """See config.check."""
+        wrong = self.num_draft_tokens != "auto" and not (self.num_draft_tokens.isdigit() and int(self.num_draft_tokens))
+        mine = [f"num_draft_tokens: got {self.num_draft_tokens!r}, wanted a number from 1 on, or auto."]
+        return super().problems() + (mine if wrong else [])
+
+
+@dataclass(kw_only=True)
+class SweepSettings(Workload):
+    """Flags of `foretell sweep`."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4], metadata={"help": "Prompts at once, each measured."})
+    lengths: list[int] | None = field(
+        default=None, metadata={"help": "Drafts a verification, each measured beside auto; 1 to 4 and 8 if not given."}
+    )
+
+
+class Session:
+    """A model with its module and the prompts, as evaluate and sweep measure them."""
+
+    def __init__(self, settings: Workload, batch_size: int) -> None:
+        from foretell.evaluation.evaluate import conversations
+        from foretell.evaluation.workloads import load_tasks
+
+        self.settings = settings
+        tasks = load_tasks(settings.prompts, settings.limit)
+        model, self.tokenizer = load_target(settings.model, settings.dtype)
+        self.mtp, self.trained = load_with_module(model, settings.module)
+        self.drafter = settings.drafter or ("mtp+lookup" if self.trained else "lookup")
+        if not self.trained and "mtp" in self.drafter:
+            raise ValueError(f"drafter: got {self.drafter!r}, which needs a trained module: --module FOLDER.")
+        template = {} if settings.thinking is None else {"enable_thinking": settings.thinking}
+        self.named = conversations(self.mtp, tasks, self.tokenizer, settings.max_new_tokens, batch_size, **template)
+        self.common: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.temperature > 0}
+        if settings.temperature > 0:
+            self.common["temperature"] = settings.temperature
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to be compared, or differ in by name."""
+        from foretell.evaluation.measure import digest, tensors_digest
+
+        return {
+            "prompts": digest([(name, ids) for name, _, ids in self.named]),
+            "model": tensors_digest(dict(self.mtp.model.state_dict())),
+            "module": tensors_digest(dict(self.mtp.module.state_dict())) if self.trained else None,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "temperature": self.settings.temperature,
+        }
+
+    def off(self) -> Any:
+        from foretell.evaluation.measure import foretell_way
+
+        return foretell_way(self.mtp, "off", "foretell, drafting off", num_draft_tokens=0, **self.common)
+
+    def drafted(self, name: str, length: int | str, drafter: str | None = None) -> Any:
+        from foretell.evaluation.measure import foretell_way
+
+        drafter = drafter or self.drafter
+        label = {"mtp": "MTP module", "lookup": "prompt lookup", "mtp+lookup": "MTP module + prompt lookup"}[drafter]
+        return foretell_way(
+            self.mtp, name, f"{label}, {length}", num_draft_tokens=length, drafter=drafter, **self.common
+        )
+
+    def start(self, verb: str, argv: Sequence[str]) -> dict[str, Any]:
+        found = provenance(["foretell", verb, *argv])
+        return {
+            "model": self.settings.model,
+            "module": self.settings.module,
+            "dtype": str(self.mtp.target.dtype).removeprefix("torch."),
+            "drafter": self.drafter,
+            "provenance": {
+                "time": found.get("time_utc"),
+                "command": " ".join(found["command"]),
+                "versions": found["versions"],
+                "cpu": found["hardware"]["cpu"],
+                "cores": found["hardware"]["cores"],
+                "commit": found.get("commit"),
+                "uncommitted_changes": found.get("uncommitted_changes"),
+            },
+            "identity": self.identity(),
+        }
+
+
+def main(argv: Sequence[str]) -> int:
+    """foretell evaluate; 0, or 1 where a greedy token differed."""
+    settings = parse(EvaluateSettings, argv, prog="foretell evaluate")
+    from foretell.evaluation import evaluate as numbers
+    from foretell.evaluation.measure import chunks_of, measure, stats_of, transformers_way
+
+    session = Session(settings, settings.batch_size)
+    mtp, result = session.mtp, session.start("evaluate", argv) | {"schema": numbers.SCHEMA}
+    length = settings.num_draft_tokens if settings.num_draft_tokens == "auto" else int(settings.num_draft_tokens)
+    name = {"mtp": "mtp", "lookup": "lookup", "mtp+lookup": "both"}[session.drafter]
+    ways = [transformers_way(mtp, **session.common)] if settings.transformers else []
+    ways += [session.off(), session.drafted(name, length)]
+    chunks = chunks_of(session.named, settings.batch_size)
+    kept = Path(settings.output + KEPT)
+    key = result["identity"] | {"ways": [way.label for way in ways], "batch_size": settings.batch_size}
+    found = measure(
+        ways,
+        chunks,
+        "off",
+        kept,
+        key | {"seed": settings.seed},
+        repeats=settings.repeats,
+        precision=settings.precision,
+        seed=settings.seed,
+        seconds=None if settings.minutes is None else 60 * settings.minutes,
+    )
+    result |= {"batch_size": settings.batch_size, "num_draft_tokens": length, "repeats": found.repeats}
+    result |= numbers.summary(mtp, found, "off")
+    result["tau_by_category"] = numbers.tau_by_category(found, [name])
+    result["acceptance"] = {
+        way["name"]: {k: way[k] for k in ("accept_at", "accept_given")} for way in result["ways"] if way["name"] == name
+    }
+    result["acceptance_by"] = numbers.acceptance(found, [name])
+    result["elsewhere"] = numbers.elsewhere(stats_of(found.first(name)))
+    if length == "auto":
+        fixed = min(3, mtp.module.longest_draft) if "mtp" in session.drafter else 3
+        result["fixed"] = numbers.fixed_acceptance(lambda k: session.drafted(name, k), chunks, fixed, settings.seed)
+        result["ways"][-1] |= {"tau_fixed": result["fixed"]["tau"], "fixed": fixed}
+    if settings.temperature == 0:
+        result["equality"] = numbers.equality(mtp, found, ways[0].name)
+        result["tokens_equal"] = result["equality"]["faults"] == 0
+    curve = mtp.cost_curve()
+    result["cost_curve"] = [{"rows": r, "ms": 1000 * s} for r, s in zip(curve.rows, curve.seconds, strict=True)]
+    if result.get("tokens_equal", True):
+        result |= {"best": name, "tau": result["ways"][-1]["tau"]}
+        result["speedup_vs_off"] = result["ways"][-1]["times_off"]["ratio"]
+        if settings.transformers:
+            result["speedup_vs_transformers"] = found.ratio(name, "transformers")["ratio"]
+    else:  # another text is not faster, it is another text
+        result = _without_speed(result)
+    result["chunks"] = [
+        {
+            "names": chunk.names,
+            "category": chunk.category,
+            "seconds": {way.name: found.seconds(way.name)[:, i].tolist() for way in ways},
+            "tokens": {way.name: int(found.tokens(way.name)[0, i]) for way in ways},
+            "answers": found.first(name)[i]["tokens"],
+            "records": found.first(name)[i]["records"],
+        }
+        for i, chunk in enumerate(chunks)
+    ]
+    result["texts"] = [session.tokenizer.decode(answer) for answer in result["chunks"][0]["answers"]]
+    write_json_atomic(settings.output, result)
+    kept.unlink()
+    print(page(result))
+    return 0 if result.get("tokens_equal", True) else 1
+
+
+def _without_speed(result: dict[str, Any]) -> dict[str, Any]:
+    speed = ("tokens_per_second", "decode_tokens_per_second", "repeats", "spread", "times_off", "times_off_here")
+    ways = [{k: v for k, v in way.items() if k not in (*speed, "predicted", "seconds")} for way in result["ways"]]
+    return {k: v for k, v in result.items() if k not in ("by_category", "intervals_by_category")} | {"ways": ways}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result for people."""
+    what = f"{result['model']}, {result['dtype']}, batch {result['batch_size']}, {result['repeats']} repeats"
+    lines = [what, ""]
+    equal = result.get("equality")
+    if equal:
+        lines.append(f"{equal['equal']} of {equal['runs']} answers equal, {equal['near_ties']} near ties")
+    if not result.get("tokens_equal", True):
+        at = equal["first_difference"]
+        lines.append(f"NOT LOSSLESS, so no speed is said: {at['way']}, {at['prompt']}, token {at['position'] + 1}")
+        return "\n".join(lines)
+    lines.append(f"{'':<30}{'tokens/s':>10}{'times off':>11}{'95 %':>15}{'tau':>7}{'bandwidth':>11}")
+    for way in result["ways"]:
+        ratio = way["times_off"]
+        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if way["name"] != "off" else ""
+        share = f"{100 * way['share_of_bandwidth']:.0f} %" if "share_of_bandwidth" in way else ""
+        lines.append(
+            f"{way['label']:<30}{way['tokens_per_second']:>10.1f}{ratio['ratio']:>11.2f}{interval:>15}"
+            f"{way['tau']:>7.2f}{share:>11}"
+        )
+    last = result["ways"][-1]
+    lines += ["", "accept_at " + " ".join(f"{a:.3f}" for a in last["accept_at"])]
+    lines.append("accept_given " + " ".join(f"{a:.3f}" for a in last["accept_given"]))
+    if "fixed" in result:
+        lines.append(f"tau at {result['fixed']['drafts']} drafts every round: {result['fixed']['tau']:.2f}")
+    guess = last["predicted"]
+    lines.append(
+        f"predicted {guess['speedup']:.2f} times off (tau {guess['tau']:.2f}, drafts {guess['draft_cost']:.3f} "
+        f"and wider rows {guess['wider_rows']:.3f} forwards), measured {last['times_off']['ratio']:.2f}"
+    )
+    spent = sum(last["seconds"].values())
+    lines.append("time: " + ", ".join(f"{part} {100 * s / spent:.0f} %" for part, s in last["seconds"].items()))
+    lines += ["", f"{'category':<20}" + "".join(f"{way['name']:>14}" for way in result["ways"]) + f"{'tau':>8}"]
+    for kind, rates in result["by_category"].items():
+        tau = result["tau_by_category"][kind][last["name"]]
+        lines.append(f"{kind:<20}" + "".join(f"{rates[way['name']]:>14.1f}" for way in result["ways"]) + f"{tau:>8.2f}")
+    lines += ["", "what others would call this run:"]
+    lines += [f"  {name}: {value:.3f}" for name, value in result["elsewhere"].items()]
+    return "\n".join(lines)
+
+
+# -- sweep -------------------------------------------------------------------------------------------------------------
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """foretell sweep: every length and batch, the choice of auto beside them."""
+    settings = parse(SweepSettings, argv, prog="foretell sweep")
+    from foretell.evaluation.evaluate import SCHEMA
+    from foretell.evaluation.measure import chunks_of, measure, stats_of
+
+    if not settings.batch_sizes or min(settings.batch_sizes) < 1:
+        raise ValueError(f"batch_sizes: got {settings.batch_sizes}, wanted numbers from 1 on.")
+    session = Session(settings, max(settings.batch_sizes))
+    longest = session.mtp.module.longest_draft if session.drafter == "mtp" else 16
+    lengths = settings.lengths or [k for k in (1, 2, 3, 4, 8) if k <= longest]
+    if min(lengths) < 1 or max(lengths) > longest:
+        raise ValueError(f"lengths: got {lengths}, wanted 1 to {longest} (the longest that {session.drafter} drafts).")
+    result = session.start("sweep", argv) | {"schema": SCHEMA + "/sweep", "batches": []}
+    for size in settings.batch_sizes:
+        ways = [session.off(), *(session.drafted(str(k), k) for k in lengths), session.drafted("auto", "auto")]
+        key = result["identity"] | {"ways": [way.label for way in ways], "batch_size": size, "seed": settings.seed}
+        kept = Path(f"{settings.output}.{size}{KEPT}")
+        found = measure(
+            ways, chunks_of(session.named, size), "off", kept, key, repeats=settings.repeats,
+            precision=settings.precision, seed=settings.seed,
+            seconds=None if settings.minutes is None else 60 * settings.minutes / len(settings.batch_sizes),
+        )  # fmt: skip
+        rows = {}
+        for way in ways[1:]:
+            stats = stats_of(found.first(way.name))
+            rounds = [v.drafted for record in stats.records for v in record]
+            rows[way.name] = found.ratio(way.name, "off", prompts=False) | {
+                "tau": stats.tau, "drafts_a_round": sum(rounds) / len(rounds)
+            }  # fmt: skip
+        fixed = {k: rows[str(k)]["ratio"] for k in lengths}
+        best = max(fixed, key=lambda k: fixed[k])
+        result["batches"].append(
+            {
+                "batch_size": size,
+                "off_tokens_per_second": float(sorted(found.rates("off"))[found.repeats // 2]),
+                "ways": rows,
+                "best_fixed": best if fixed[best] > 1 else 0,
+                "stops_paying_at": next((k for k in lengths if fixed[k] < 1), None),
+                "auto_against_best": rows["auto"]["ratio"] / max(fixed[best], 1.0),
+            }
+        )
+        write_json_atomic(settings.output, result)
+    for size in settings.batch_sizes:
+        Path(f"{settings.output}.{size}{KEPT}").unlink()
+    print(
+        f"{'times drafting off':<20}" + "".join(f"{k:>8}" for k in lengths) + f"{'auto':>8}   auto drafts, best fixed"
+    )
+    for one in result["batches"]:
+        rates = "".join(f"{one['ways'][str(k)]['ratio']:>8.2f}" for k in [*lengths, "auto"])
+        chose = f"{one['ways']['auto']['drafts_a_round']:.1f} a round, {one['best_fixed'] or 'off'}"
+        print(f"{'batch ' + str(one['batch_size']):<20}{rates}   {chose}")
+    return 0
+
+
+# -- compare and report ------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class CompareSettings:
+    """Flags of `foretell compare`."""
+
+    first: str = field(metadata={"help": "A result of foretell evaluate.", "positional": True})
+    second: str = field(metadata={"help": "Another one, on the same prompts.", "positional": True})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of lines."})
+
+
+def compare(argv: Sequence[str]) -> int:
+    """foretell compare: what differs between two runs, and whether it is more than noise."""
+    settings = parse(CompareSettings, argv, prog="foretell compare")
+    from foretell.evaluation.differences import compared, in_words
+
+    runs = [_read(settings.first), _read(settings.second)]
+    found = compared(runs[0], runs[1])
+    print(json.dumps(found, indent=2) if settings.json else in_words(found, settings.first, settings.second))
+    return 0
+
+
+@dataclass(kw_only=True)
+class ReportSettings:
+    """Flags of `foretell report`."""
+
+    runs: list[str] = field(metadata={"help": "Results of foretell evaluate.", "positional": True})
+    output: str = field(metadata={"help": "The page, self-contained HTML."})
+
+
+def report(argv: Sequence[str]) -> int:
+    """foretell report: a page of one run, or of several one after another."""
+    settings = parse(ReportSettings, argv, prog="foretell report")
+    from foretell.evaluation.report import write_report
+
+    runs = [_read(path) for path in settings.runs]
+    output = Path(settings.output)
+    pages = [output] if len(runs) == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(runs))]
+    for run, path in zip(runs, pages, strict=True):
+        print(write_report(run, path))
+    return 0
+
+
+def _read(path: str) -> dict[str, Any]:
+    from foretell.evaluation.evaluate import SCHEMA
+
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); wanted a result of foretell evaluate.") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: wanted a result of foretell evaluate ({SCHEMA}).")
+    return found

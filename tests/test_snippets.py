@@ -84,6 +84,10 @@ def test_python_in_the_documents_runs(file, folder):
         exec(block, names)
 
 
+# what a verb is told beside its line, here only
+QUICK = {"sft": ["--use_cpu"], "verify": ["--samples", "100"], "evaluate": ["--repeats", "1"]}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file", ["README.md", "docs/data.md", "docs/sft.md"])
 def test_commands_in_the_documents_run(file, folder, capsys):
@@ -92,11 +96,11 @@ def test_commands_in_the_documents_run(file, folder, capsys):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.partition("$ ")[2], comments=True)
             if words[:1] == ["foretell"]:
-                assert main([*words[1:], *(["--use_cpu"] if words[1] == "sft" else [])]) == 0, line
+                assert main([*words[1:], *QUICK.get(words[1], [])]) == 0, line
                 ran += 1
                 said = capsys.readouterr().out
                 assert said.strip(), f"nothing was printed by {line}"
-    assert ran == {"README.md": 6, "docs/data.md": 2, "docs/sft.md": 1}[file]
+    assert ran == {"README.md": 8, "docs/data.md": 2, "docs/sft.md": 1}[file]
 
 
 def test_a_snippet_that_does_not_run_is_seen(folder):

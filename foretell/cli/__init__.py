@@ -25,7 +25,6 @@ VERBS = {
     "sweep": ("foretell.cli.evaluate:sweep", "measure every draft length and batch size beside auto"),
     "compare": ("foretell.cli.evaluate:compare", "say what differs between two evaluations, and what is noise"),
     "report": ("foretell.cli.evaluate:report", "draw an evaluation as one HTML page"),
-    "inspect": ("foretell.cli.inspect:main", "say what is in a folder: method, sizes, memory, provenance"),
     "demo": ("foretell.cli.demo:main", "train and compare on a real model, on this machine, in minutes"),
 }
 

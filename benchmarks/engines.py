@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from foretell import MTPModel, SequentialConfig, get_mtp_model
+    from foretell import HeadsConfig, MTPModel, SequentialConfig, get_mtp_model
     from foretell.cli.demo import load_model
     from foretell.config import parse
     from foretell.export import export_module
@@ -215,6 +215,9 @@ def main(argv: list[str]) -> int:
         ),
     }
 
+    shared = {"head_type": "medusa", "share_unembedding": True, "dropout": 0.0}
+    makes["medusa"] = lambda: fresh(HeadsConfig(depth=3, **shared))
+
     def swap(name: str) -> Callable[[dict[str, Any]], None]:
         return lambda tensors: tensors.update({name: torch.cat(tensors[name].chunk(2, dim=1)[::-1], dim=1)})
 
@@ -239,6 +242,7 @@ def main(argv: list[str]) -> int:
         ("eagle3, by speculators' config alone", "eagle3", "eagle3 alone", 3, None),
         ("eagle3, norm of the state left out", "eagle3", "eagle3", 3, ones("fc_norm.0.weight")),
         ("eagle3, layers 2, 15, 27, 8192 tokens, K = 3", "eagle3 layers", "eagle3", 3, None),
+        ("medusa, K = 3", "medusa", "medusa", 3, None),
     ]
     made: dict[str, Any] = {}
     counts: dict[tuple[str, int], list[int]] = {}

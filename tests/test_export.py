@@ -64,7 +64,11 @@ CASES = {
     ),
     "eagle3 before the norm": ("eagle3", lambda: sequential("qwen2", {}, **EAGLE3, hidden_source="pre_norm")),
     "eagle3 qwen3": ("eagle3", lambda: sequential("qwen3", {}, **EAGLE3, draft_vocab_size=DRAFTED)),
+    "medusa": ("medusa", lambda: heads(share_unembedding=False, num_layers=2)),
+    "medusa shared": ("medusa", lambda: heads(share_unembedding=True)),
+    "medusa reduced": ("medusa", lambda: heads(share_unembedding=True, draft_vocab_size=DRAFTED)),
     "peft": ("peft", lambda: uno()),
+    "hub": ("hub", lambda: heads(draft_vocab_size=DRAFTED)),
 }
 
 
@@ -83,7 +87,7 @@ def uno(**settings: object) -> MTPModel:
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_reads_back_as_the_module(tmp_path, case, dtype):
     to, make = CASES[case]
-    said = export_module(make(), to, tmp_path / "out", check=True, dtype=dtype)
+    said = export_module(make(), to, tmp_path / "out", check=True, dtype=dtype, licence="mit")
     assert any(line.startswith("checked: ") for line in said)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
@@ -105,6 +109,8 @@ NAMES = {
     "eagle3 last": MIDLAYER | {"fc.weight", "fc_norm.0.weight", "norm.weight", "lm_head.weight"},
     "eagle3 layers": MIDLAYER
     | {"fc.weight", "fc_norm.0.weight", "fc_norm.1.weight", "norm.weight", "lm_head.weight", "d2t"},
+    "medusa": {f"{h}.{i}.linear.{kind}" for h in range(K) for i in range(2) for kind in ("weight", "bias")}
+    | {f"{h}.2.weight" for h in range(K)},
 }
 
 
@@ -290,10 +296,13 @@ REFUSED = {
     ),
     "gemma": ("eagle3", lambda: sequential("gemma2"), ["block: got 'mtp'", "target: got 'gemma2'"]),
     "embedding": ("mimo", lambda: sequential("gemma2"), ["gemma2's layers, embedding or logits are more"]),
-    "block": ("eagle3", sequential, ["block: got 'mtp', wanted 'eagle3'", "What has: mimo"]),
-    "method": ("eagle3", lambda: heads(), ["method: got 'heads', wanted 'sequential'", "What has: no format"]),
+    "block": ("eagle3", sequential, ["block: got 'mtp', wanted 'eagle3'", "What has: mimo, hub"]),
+    "method": ("eagle3", lambda: heads(), ["method: got 'heads', wanted 'sequential'", "What has: medusa, hub"]),
+    "own rows": ("medusa", lambda: heads(share_unembedding=False, draft_vocab_size=DRAFTED), ["draft_vocab_size"]),
+    "head type": ("medusa", lambda: heads(head_type="linear"), ["head_type: got 'linear'", "What has: hub"]),
     "sampler": ("peft", lambda: uno(sampler=True), ["sampler: got True", "train the preset uno"]),
     "no family": ("native", sequential, ["target: got 'llama'", "deepseek_v3"]),
+    "licence": ("hub", sequential, ["license: the model's own card names none"]),
 }
 
 
@@ -441,8 +450,24 @@ def test_the_command(tmp_path, capsys):
     assert "lost: the draft vocabulary of 20 tokens" in said and "checked: logits of depths 1, 2, ... within" in said
     assert main(["export", *flags, "--to", "mimo", "--out", str(at / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
-    assert main(["export", *flags, "--to", "peft", "--out", str(at / "out2")]) == 2
-    assert "What has: mimo" in capsys.readouterr().err
+    assert main(["export", *flags, "--to", "medusa", "--out", str(at / "out2")]) == 2
+    assert "What has: mimo, hub" in capsys.readouterr().err
+
+
+def test_the_card(tmp_path):
+    mtp = heads()
+    mtp.notes = {"training": {"mtp_supervision": "teacher"}}
+    at = saved(tmp_path, mtp)
+    (at / "model" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    about = json.loads((at / "module" / "mtp_config.json").read_text())
+    about["provenance"]["command"] = ["foretell", "train", "model", "--data", "some/rows", "--depth", "3"]
+    export_module(mtp, "hub", at / "out", model=at / "model", tokenizer=tiny_tokenizer(), about=about, check=True)
+    card = (at / "out" / "README.md").read_text()
+    for words in ("license: mit", "- some/rows", "foretell train model --data some/rows", "mtp_supervision: teacher"):
+        assert words in card
+    assert "| 3 | " in card and "base model: model" in card and "transformers 5." in card
+    assert {path.suffix for path in (at / "out").iterdir()} == {".md", ".json", ".safetensors"}
+    assert MTPModel.from_pretrained(mtp.model, at / "out").mtp_config == mtp.mtp_config
 
 
 def test_files_keep_the_numbers_of_a_module_finer_than_its_target(tmp_path):

@@ -27,7 +27,7 @@ CONFIG = "config.json"
 @dataclass(kw_only=True)
 class Job:
     """A module on its target, and how it is to be written. dtype: of the files, None is the module's own. model: the
-    target's folder or hub name.
+    target's folder or hub name. about: content of the module's mtp_config.json.
     """
 
     mtp: MTPModel
@@ -35,6 +35,8 @@ class Job:
     model: str
     tokenizer: Any = None
     dtype: torch.dtype | None = None
+    about: dict[str, Any] | None = None
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         self.target: Target = self.mtp.target

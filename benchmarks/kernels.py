@@ -84,15 +84,9 @@ def torch_worker(model_path: str, dtype: str, threads: int) -> dict[str, Callabl
         return found | {"memory_over_weights": held[0] / bytes_}
 
     def bandwidth() -> float:
-        """Bytes a second of one read of all weights, the best of several."""
-        taken = []
-        with torch.no_grad():
-            for _ in range(10):
-                start = time.perf_counter()
-                for weight in weights:
-                    weight.view(torch.float32).sum()
-                taken.append(time.perf_counter() - start)
-        return bytes_ / min(taken)
+        from foretell.evaluation.evaluate import read_bandwidth  # which the old build has not, and is not asked
+
+        return max(read_bandwidth(mtp)[0] for _ in range(3))
 
     def rows() -> list[float]:
         """Seconds of one forward with each number of rows. The first is not counted: threads of the worker before still

@@ -1,6 +1,6 @@
 """A real HTTP server in the place of an OpenAI-compatible one, with the faults that such servers have.
 
-`python answer_server.py serve MODEL --port N` is the same as a program, as vllm is one.
+As a program it takes the place of the Python that runs vLLM.
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    given = sys.argv
-    assert given[1] == "serve" and given[-2:] == ["--own", "yes"], given
+    given = sys.argv[1:]
+    assert given[:3] == ["-m", "vllm.entrypoints.openai.api_server", "--model"] and given[-2:] == ["--own", "yes"], (
+        given
+    )
     print("loading", flush=True)
-    Server(served=given[2], port=int(given[given.index("--port") + 1]))
+    Server(served=given[3], port=int(given[given.index("--port") + 1]))
     threading.Event().wait()

@@ -192,7 +192,13 @@ def test_what_is_wrong_is_said_before_anything_is_asked(model_folder, tmp_path):
     refused("shard: got '3/2', wanted i/n", "--shard", "3/2")
     refused("base_url: got none", "--engine", "openai")
     refused("keep_states: got always with engine openai", *flags, "--keep-states", "always")
-    refused("no .*vllm there", "--engine", "vllm", "--python", tmp_path / "bin" / "python")
+    refused(
+        "wanted the Python of an environment with vLLM: no such",
+        "--engine",
+        "vllm",
+        "--python",
+        tmp_path / "bin" / "python",
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.jsonl").write_text("{}")
     with Server() as server, pytest.raises(ValueError, match="got a folder with mine.jsonl and no manifest.json"):
@@ -330,14 +336,13 @@ def test_a_full_disk_leaves_no_torn_shard(model_folder, tmp_path, monkeypatch):
 
 def test_vllm_is_started_from_its_own_environment_and_ended(model_folder, tmp_path):
     """The program in vllm's place is the tests' server."""
-    prompts, command = prompts_file(tmp_path / "prompts.jsonl", 8), tmp_path / "env" / "bin" / "vllm"
-    command.parent.mkdir(parents=True)
-    (command.parent / "python").symlink_to(sys.executable)
-    command.write_text(Path(answer_server.__file__).read_text())
-    flags = ["--engine", "vllm", "--python", command.parent / "python", "--max-new-tokens", LONG]
+    prompts, python = prompts_file(tmp_path / "prompts.jsonl", 8), tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{answer_server.__file__}" "$@"\n')
+    python.chmod(0o755)
+    flags = ["--engine", "vllm", "--python", python, "--max-new-tokens", LONG]
     assert run(model_folder, prompts, tmp_path / "out", *flags, "--vllm-args=--own yes") == 0
     check(read(tmp_path / "out"), 8)
-    with pytest.raises(ValueError, match="vllm serve did not start .*ends in:(.|\n)*AssertionError"):
+    with pytest.raises(ValueError, match="vLLM did not start .*ends in:(.|\n)*AssertionError"):
         _main_raises(model_folder, prompts, tmp_path / "not", *flags)
 
 

@@ -136,3 +136,14 @@ def test_the_cache_is_listed_checked_and_removed(tmp_path, capsys):
     assert main(["cache", "clear", str(tmp_path)]) == 2 and "wanted one of ls, verify, rm" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     assert main(["cache", "ls", str(tmp_path)]) == 0
+
+
+def test_what_is_not_of_the_cache_is_not_removed(tmp_path, capsys):
+    for name in ("about", ".mine.tmp", "data", "0123456789abcdef"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "about.json").write_text("{}")
+    left = tmp_path / f".{'0' * 24}.5f3a.tmp"  # of a run that was killed
+    left.mkdir()
+    assert main(["cache", "rm", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "0123456789abcdef", "about", "data"]
+    assert main(["cache", "rm", str(tmp_path / "about")]) == 0 and (tmp_path / "about").is_dir()

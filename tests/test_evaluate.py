@@ -13,7 +13,7 @@ from drafters import knowing_mtp, leaning_model
 from foretell.cli import main
 from foretell.evaluation import measure as measuring
 from foretell.evaluation.evaluate import SCHEMA, elsewhere
-from foretell.evaluation.measure import Answered, Chunk, Measured, Way, chunks_of, measure, tensors_digest
+from foretell.evaluation.measure import Answered, Chunk, Kept, Measured, Way, chunks_of, measure, tensors_digest
 from foretell.evaluation.workloads import load_tasks, next_prompt
 from foretell.types import Verification
 from tests.test_prompts import make_tokenizer
@@ -113,20 +113,20 @@ def scripted(name: str, seconds: list[float], ran: list | None = None) -> Way:
 CHUNKS = [Chunk("a", ["x"], [[1]]), Chunk("a", ["y"], [[2]]), Chunk("b", ["z"], [[3]])]
 
 
-def test_a_ratio_is_that_of_the_medians(tmp_path):
+def test_a_ratio_is_that_of_the_medians():
     ways = [scripted("off", [9] + [2.0] * 9), scripted("mtp", [9, 1.0, 1.0, 1.0, 1.0, 50.0, 1.0, 1.0, 1.0, 1.0])]
-    found = measure(ways, CHUNKS, "off", tmp_path / "k", {}, repeats=3, precision=1e-9)
+    found = measure(ways, CHUNKS, "off", repeats=3, precision=1e-9)
     assert found.repeats == 3 and found.ratio("mtp", "off")["ratio"] == 2.0
     assert found.ratio("off", "mtp")["ratio"] == 0.5
     assert found.ratio("mtp", "off")["low"] <= 2.0 <= found.ratio("mtp", "off")["high"]
 
 
-def test_it_stops_where_the_ratios_are_known(tmp_path):
+def test_it_stops_where_the_ratios_are_known():
     steady = [scripted("off", [2.0] * 99), scripted("mtp", [1.0] * 99)]
-    assert measure(steady, CHUNKS, "off", tmp_path / "a", {}, repeats=9, precision=0.01).repeats == 3
+    assert measure(steady, CHUNKS, "off", repeats=9, precision=0.01).repeats == 3
     rng = np.random.default_rng(0)
     noisy = [scripted("off", [2.0] * 99), scripted("mtp", rng.uniform(0.5, 1.5, 99).tolist())]
-    assert measure(noisy, CHUNKS, "off", tmp_path / "b", {}, repeats=9, precision=0.01).repeats == 9
+    assert measure(noisy, CHUNKS, "off", repeats=9, precision=0.01).repeats == 9
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says():
@@ -156,14 +156,14 @@ def test_an_interrupted_run_goes_on_and_counts_nothing_twice(tmp_path):
     ran: list = []
     ways = [scripted("off", [2.0] * 99), Way("mtp", "mtp", stops)]
     with pytest.raises(Stop):
-        measure(ways, CHUNKS, "off", tmp_path / "k", {"seed": 0}, repeats=2, precision=1e-9)
+        measure(ways, CHUNKS, "off", Kept(tmp_path / "k", {"seed": 0}), repeats=2, precision=1e-9)
     with (tmp_path / "k").open("a") as file:
         file.write('{"repeat": 1, "chu')  # what a killed process leaves
     again: list = []
     ways = [scripted("off", [2.0] * 99), scripted("mtp", [1.0] * 99, again)]
     with pytest.raises(ValueError, match="interrupted run with another seed"):
-        measure(ways, CHUNKS, "off", tmp_path / "k", {"seed": 1}, repeats=2, precision=1e-9)
-    found = measure(ways, CHUNKS, "off", tmp_path / "k", {"seed": 0}, repeats=2, precision=1e-9)
+        measure(ways, CHUNKS, "off", Kept(tmp_path / "k", {"seed": 1}), repeats=2, precision=1e-9)
+    found = measure(ways, CHUNKS, "off", Kept(tmp_path / "k", {"seed": 0}), repeats=2, precision=1e-9)
     assert [ids for _, (ids,) in again] == [(1,), (2,), (3,)]  # the warm-up, then what was missing
     assert found.repeats == 2 and found.tokens("mtp").tolist() == [[10.0] * 3] * 2
     whole = [json.loads(line) for line in (tmp_path / "k").read_text().splitlines()]
@@ -263,9 +263,14 @@ def test_compare_says_what_differs_and_what_is_noise(place, capsys):
 
 def test_report_draws_a_run(place, capsys):
     assert main(words(place, "--max-new-tokens", "16", "--repeats", "1", output="r.json")) == 0
+    shown = json.loads((place / "r.json").read_text())["sample"]["verifications"]
+    assert all(len(one["tokens"]) == len(one["sources"]) for one in shown)
     assert main(["report", str(place / "r.json"), "--output", str(place / "page.html")]) == 0
     page = (place / "page.html").read_text()
     assert "http://" not in page and "https://" not in page and "tokens per verification" in page
+    assert main(["report", *[str(place / "r.json")] * 2, "--output", str(place / "two.html")]) == 0
+    two = (place / "two.html").read_text()
+    assert two.count("<h1") == 2 and two.count('id="theme"') == 1 and "foretell, 2 runs" in two
     (place / "no.json").write_text("{}")
     assert main(["report", str(place / "no.json"), "--output", str(place / "x.html")]) == 2
     assert "wanted a result of foretell evaluate" in capsys.readouterr().err

@@ -358,46 +358,56 @@ def _compared(
     mtp: Any, other: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: DemoSettings, deadline: float
 ) -> dict[str, Any]:
     """The ways of decoding with a module, and with another one beside it, on some rows."""
-    import torch
-
     from foretell.data.prompts import encode_prompt
-    from foretell.evaluation.speed import compare, fixed_tau, foretell_way, shaded_sample, transformers_way
+    from foretell.evaluation import evaluate as numbers
+    from foretell.evaluation.measure import chunks_of, foretell_way, measure, transformers_way
 
     if settings.short:
         rows = rows[: len(CATEGORIES) // 2]
-    tokens, repeats = (32, 1) if settings.short else (NEW_TOKENS, settings.repeats)
-    prompts = [encode_prompt(row if "category" not in row else _chat(row), tokenizer) for row in rows]
-    groups = [row.get("category", "your kind") for row in rows]
-    ways = [
-        transformers_way(mtp, tokens),
-        foretell_way(mtp, "off", "foretell, drafting off", tokens, num_draft_tokens=0),
-        foretell_way(mtp, "lookup", "prompt lookup", tokens, num_draft_tokens="auto", drafter="lookup"),
-        foretell_way(mtp, "mtp", "MTP module", tokens, num_draft_tokens="auto", drafter="mtp"),
-        foretell_way(mtp, "both", "MTP module + prompt lookup", tokens, num_draft_tokens="auto", drafter="mtp+lookup"),
+    common: dict[str, Any] = {"max_new_tokens": 32 if settings.short else NEW_TOKENS, "do_sample": False}
+    named = [
+        (str(i), row.get("category", "your kind"), encode_prompt(_chat(row) if "category" in row else row, tokenizer))
+        for i, row in enumerate(rows)
     ]
-    drafting = {"mtp": (mtp, "mtp"), "both": (mtp, "mtp+lookup")}
+    drafting = {
+        "lookup": (mtp, "prompt lookup", "lookup"),
+        "mtp": (mtp, "MTP module", "mtp"),
+        "both": (mtp, "MTP module + prompt lookup", "mtp+lookup"),
+    }
     if other is not None:
-        label = "shipped module + prompt lookup"
-        ways.append(foretell_way(other, "shipped", label, tokens, num_draft_tokens="auto", drafter="mtp+lookup"))
-        drafting["shipped"] = (other, "mtp+lookup")
-    found = compare(ways, prompts, groups, repeats, deadline=deadline, precision=PRECISION)
+        drafting["shipped"] = (other, "shipped module + prompt lookup", "mtp+lookup")
+    ways = [
+        transformers_way(mtp, **common),
+        foretell_way(mtp, "off", "foretell, drafting off", num_draft_tokens=0, **common),
+        *(
+            foretell_way(model, name, label, num_draft_tokens="auto", drafter=drafter, **common)
+            for name, (model, label, drafter) in drafting.items()
+        ),
+    ]
+    measured = measure(
+        ways,
+        chunks_of(named, 1),
+        "off",
+        repeats=1 if settings.short else settings.repeats,
+        precision=PRECISION,
+        seconds=deadline - time.monotonic(),
+    )
+    found = numbers.summary(mtp, measured, "off")
+    found["tau_by_category"] = numbers.tau_by_category(measured, list(drafting))
+    found["equality"] = numbers.equality(mtp, measured, "transformers")
+    found["acceptance"] = {}
     for way in found["ways"]:
-        if way["name"] in drafting:
-            model, drafter = drafting[way["name"]]
-            way["tau_fixed"], way["fixed"] = fixed_tau(model, prompts, tokens, FIXED, drafter), FIXED
+        name = way["name"]
+        way["equal"] = name not in found["equality"]["unequal"]
+        if name in drafting:
+            found["acceptance"][name] = {key: way[key] for key in ("accept_at", "accept_given")}
+        if name in drafting and name != "lookup":
+            model, label, drafter = drafting[name]
+            fixed = foretell_way(model, name, label, num_draft_tokens=FIXED, drafter=drafter, **common)
+            way |= {"tau_fixed": numbers.fixed_acceptance(fixed, measured.chunks, 0)["tau"], "fixed": FIXED}
     curve = mtp.cost_curve()
     found["cost_curve"] = [{"rows": r, "ms": 1000 * s} for r, s in zip(curve.rows, curve.seconds, strict=True)]
-    best = _best(found["ways"])
-    way = next(w for w in ways if w.name == best["name"])
-    # the prompt whose answer shows drafting at its most typical: the median tau
-    order = sorted(range(len(rows)), key=lambda i: sum(v.emitted for v in way.records[i]) / len(way.records[i]))
-    middle = order[len(order) // 2]
-    ids = way.run(torch.tensor([prompts[middle]]))[0][0].tolist()
-    found["sample"] = {
-        "prompt": tokenizer.decode(prompts[middle], skip_special_tokens=True),
-        "way": best["name"],
-        "verifications": shaded_sample(tokenizer, ids, len(prompts[middle]), way.records[middle]),
-    }
+    found["sample"] = numbers.sample(measured, _best(found["ways"])["name"], tokenizer)
     return {**_headline(found), **found}
 
 
@@ -412,7 +422,7 @@ def _headline(compared: dict[str, Any]) -> dict[str, Any]:
     module = max((by_name["mtp"], by_name["both"]), key=lambda w: w["tokens_per_second"])
     rate = best["tokens_per_second"]
     return {
-        "tokens_equal": compared["equality"]["equal"] == compared["equality"]["runs"],
+        "tokens_equal": not compared["equality"]["unequal"],
         "best": best["name"],
         "tau": best["tau"],
         "speedup_vs_off": rate / by_name["off"]["tokens_per_second"],

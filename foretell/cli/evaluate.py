@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from foretell.cli.loading import DTYPES, load_target, load_with_module
+from foretell.cli.loading import WorkloadSettings, load_target, load_with_module
 from foretell.config import parse
 from foretell.runtime import provenance, write_json_atomic
+
+if TYPE_CHECKING:
+    from foretell.evaluation.measure import Kept, Measured, Way
 
 KEPT = ".rounds.jsonl"  # beside the output, until it is written
 
 
 @dataclass(kw_only=True)
-class Workload:
+class MeasureSettings(WorkloadSettings):
     """What evaluate and sweep are told alike."""
 
-    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
-    module: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
-    )
-    prompts: list[str] = field(
-        metadata={"help": "spec-bench:FILE, mt-bench:FILE, gsm8k:FILE, humaneval:FILE, demo, or any rows with prompts."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "Prompts of each category; null for all."})
     output: str = field(metadata={"help": "Where the numbers go, as JSON."})
     drafter: str | None = field(default=None, metadata={"help": "mtp, lookup, or mtp+lookup (default with a module)."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     thinking: bool | None = field(
         default=None, metadata={"help": "enable_thinking of the chat template, if it has it."}
@@ -40,33 +35,24 @@ class Workload:
     precision: float = field(
         default=0.03, metadata={"help": "Stop from 3 repeats on, where all ratios are known to that (95 %)."}
     )
-    minutes: float | None = field(default=None, metadata={"help": "Begin no further repeat behind that."})
-    seed: int = field(default=0, metadata={"help": "Of samples."})
-    dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
+    minutes: float | None = field(default=None, metadata={"help": "Begin no repeat that would end behind that."})
 
     def problems(self) -> list[str]:
         """See config.check."""
-        found = [
-            f"{name}: got {value}, wanted at least 1."
-            for name in ("max_new_tokens", "repeats", "limit", "batch_size")
-            for value in (getattr(self, name, None),)
-            if isinstance(value, int) and value < 1
-        ]
+        found = super().problems()
         if not self.temperature >= 0:
             found.append(f"temperature: got {self.temperature}, wanted 0 (greedy) or more.")
         if not 0 < self.precision < 1:
             found.append(f"precision: got {self.precision}, wanted a share between 0 and 1, such as 0.03.")
         if self.drafter not in (None, "mtp", "lookup", "mtp+lookup"):
             found.append(f"drafter: got {self.drafter!r}, wanted mtp, lookup or mtp+lookup.")
-        if self.dtype not in DTYPES:
-            found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
         if os.path.isdir(self.output):
             found.append(f"output: got {self.output}, which is a folder; wanted a file's name, such as run.json.")
         return found
 
 
 @dataclass(kw_only=True)
-class EvaluateSettings(Workload):
+class EvaluateSettings(MeasureSettings):
     """Flags of `foretell evaluate`."""
 
     num_draft_tokens: str = field(default="auto", metadata={"help": "Drafts a verification, or auto."})
@@ -81,7 +67,7 @@ class EvaluateSettings(Workload):
 
 
 @dataclass(kw_only=True)
-class SweepSettings(Workload):
+class SweepSettings(MeasureSettings):
     """Flags of `foretell sweep`."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4], metadata={"help": "Prompts at once, each measured."})
@@ -93,7 +79,7 @@ class SweepSettings(Workload):
 class Session:
     """A model with its module and the prompts, as evaluate and sweep measure them."""
 
-    def __init__(self, settings: Workload, batch_size: int) -> None:
+    def __init__(self, settings: MeasureSettings, batch_size: int) -> None:
         from foretell.evaluation.evaluate import conversations
         from foretell.evaluation.workloads import load_tasks
 
@@ -110,6 +96,7 @@ class Session:
         if settings.temperature > 0:
             self.common["temperature"] = settings.temperature
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What two runs must share to be compared, or differ in by name."""
         from foretell.evaluation.measure import digest, tensors_digest
@@ -122,12 +109,12 @@ class Session:
             "temperature": self.settings.temperature,
         }
 
-    def off(self) -> Any:
+    def off(self) -> Way:
         from foretell.evaluation.measure import foretell_way
 
         return foretell_way(self.mtp, "off", "foretell, drafting off", num_draft_tokens=0, **self.common)
 
-    def drafted(self, name: str, length: int | str, drafter: str | None = None) -> Any:
+    def drafted(self, name: str, length: int | str, drafter: str | None = None) -> Way:
         from foretell.evaluation.measure import foretell_way
 
         drafter = drafter or self.drafter
@@ -135,6 +122,19 @@ class Session:
         return foretell_way(
             self.mtp, name, f"{label}, {length}", num_draft_tokens=length, drafter=drafter, **self.common
         )
+
+    def measure(self, ways: list[Way], batch_size: int, part: str, minutes: float | None) -> tuple[Measured, Kept]:
+        """All rounds, and where they are kept until the result is written."""
+        from foretell.evaluation.measure import Kept, chunks_of, measure
+
+        settings = self.settings
+        key = self.identity | {"ways": [way.label for way in ways], "batch_size": batch_size, "seed": settings.seed}
+        kept, chunks = Kept(Path(f"{settings.output}{part}{KEPT}"), key), chunks_of(self.named, batch_size)
+        found = measure(
+            ways, chunks, "off", kept, repeats=settings.repeats, precision=settings.precision, seed=settings.seed,
+            seconds=math.inf if minutes is None else 60 * minutes,
+        )  # fmt: skip
+        return found, kept
 
     def start(self, verb: str, argv: Sequence[str]) -> dict[str, Any]:
         found = provenance(["foretell", verb, *argv])
@@ -152,7 +152,7 @@ class Session:
                 "commit": found.get("commit"),
                 "uncommitted_changes": found.get("uncommitted_changes"),
             },
-            "identity": self.identity(),
+            "identity": self.identity,
         }
 
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str]) -> int:
     """foretell evaluate; 0, or 1 where a greedy token differed."""
     settings = parse(EvaluateSettings, argv, prog="foretell evaluate")
     from foretell.evaluation import evaluate as numbers
-    from foretell.evaluation.measure import chunks_of, measure, stats_of, transformers_way
+    from foretell.evaluation.measure import stats_of, transformers_way
 
     session = Session(settings, settings.batch_size)
     mtp, result = session.mtp, session.start("evaluate", argv) | {"schema": numbers.SCHEMA}
@@ -168,20 +168,7 @@ def main(argv: Sequence[str]) -> int:
     name = {"mtp": "mtp", "lookup": "lookup", "mtp+lookup": "both"}[session.drafter]
     ways = [transformers_way(mtp, **session.common)] if settings.transformers else []
     ways += [session.off(), session.drafted(name, length)]
-    chunks = chunks_of(session.named, settings.batch_size)
-    kept = Path(settings.output + KEPT)
-    key = result["identity"] | {"ways": [way.label for way in ways], "batch_size": settings.batch_size}
-    found = measure(
-        ways,
-        chunks,
-        "off",
-        kept,
-        key | {"seed": settings.seed},
-        repeats=settings.repeats,
-        precision=settings.precision,
-        seed=settings.seed,
-        seconds=None if settings.minutes is None else 60 * settings.minutes,
-    )
+    found, kept = session.measure(ways, settings.batch_size, "", settings.minutes)
     result |= {"batch_size": settings.batch_size, "num_draft_tokens": length, "repeats": found.repeats}
     result |= numbers.summary(mtp, found, "off")
     result["tau_by_category"] = numbers.tau_by_category(found, [name])
@@ -192,11 +179,13 @@ def main(argv: Sequence[str]) -> int:
     result["elsewhere"] = numbers.elsewhere(stats_of(found.first(name)))
     if length == "auto":
         fixed = min(3, mtp.module.longest_draft) if "mtp" in session.drafter else 3
-        result["fixed"] = numbers.fixed_acceptance(lambda k: session.drafted(name, k), chunks, fixed, settings.seed)
+        every = numbers.fixed_acceptance(session.drafted(name, fixed), found.chunks, settings.seed)
+        result["fixed"] = {"drafts": fixed} | every
         result["ways"][-1] |= {"tau_fixed": result["fixed"]["tau"], "fixed": fixed}
     if settings.temperature == 0:
         result["equality"] = numbers.equality(mtp, found, ways[0].name)
         result["tokens_equal"] = result["equality"]["faults"] == 0
+        result["ways"] = [{**w, "equal": w["name"] not in result["equality"]["unequal"]} for w in result["ways"]]
     curve = mtp.cost_curve()
     result["cost_curve"] = [{"rows": r, "ms": 1000 * s} for r, s in zip(curve.rows, curve.seconds, strict=True)]
     if result.get("tokens_equal", True):
@@ -215,17 +204,17 @@ def main(argv: Sequence[str]) -> int:
             "answers": found.first(name)[i]["tokens"],
             "records": found.first(name)[i]["records"],
         }
-        for i, chunk in enumerate(chunks)
+        for i, chunk in enumerate(found.chunks)
     ]
-    result["texts"] = [session.tokenizer.decode(answer) for answer in result["chunks"][0]["answers"]]
+    result["sample"] = numbers.sample(found, name, session.tokenizer)
     write_json_atomic(settings.output, result)
-    kept.unlink()
+    kept.remove()
     print(page(result))
     return 0 if result.get("tokens_equal", True) else 1
 
 
 def _without_speed(result: dict[str, Any]) -> dict[str, Any]:
-    speed = ("tokens_per_second", "decode_tokens_per_second", "repeats", "spread", "times_off", "times_off_here")
+    speed = ("tokens_per_second", "decode_tokens_per_second", "repeats", "spread", "times_off")
     ways = [{k: v for k, v in way.items() if k not in (*speed, "predicted", "seconds")} for way in result["ways"]]
     return {k: v for k, v in result.items() if k not in ("by_category", "intervals_by_category")} | {"ways": ways}
 
@@ -278,7 +267,7 @@ def sweep(argv: Sequence[str]) -> int:
     """foretell sweep: every length and batch, the choice of auto beside them."""
     settings = parse(SweepSettings, argv, prog="foretell sweep")
     from foretell.evaluation.evaluate import SCHEMA
-    from foretell.evaluation.measure import chunks_of, measure, stats_of
+    from foretell.evaluation.measure import stats_of
 
     if not settings.batch_sizes or min(settings.batch_sizes) < 1:
         raise ValueError(f"batch_sizes: got {settings.batch_sizes}, wanted numbers from 1 on.")
@@ -287,21 +276,17 @@ def sweep(argv: Sequence[str]) -> int:
     lengths = settings.lengths or [k for k in (1, 2, 3, 4, 8) if k <= longest]
     if min(lengths) < 1 or max(lengths) > longest:
         raise ValueError(f"lengths: got {lengths}, wanted 1 to {longest} (the longest that {session.drafter} drafts).")
-    result = session.start("sweep", argv) | {"schema": SCHEMA + "/sweep", "batches": []}
+    result, unfinished = session.start("sweep", argv) | {"schema": SCHEMA + "/sweep", "batches": []}, []
     for size in settings.batch_sizes:
         ways = [session.off(), *(session.drafted(str(k), k) for k in lengths), session.drafted("auto", "auto")]
-        key = result["identity"] | {"ways": [way.label for way in ways], "batch_size": size, "seed": settings.seed}
-        kept = Path(f"{settings.output}.{size}{KEPT}")
-        found = measure(
-            ways, chunks_of(session.named, size), "off", kept, key, repeats=settings.repeats,
-            precision=settings.precision, seed=settings.seed,
-            seconds=None if settings.minutes is None else 60 * settings.minutes / len(settings.batch_sizes),
-        )  # fmt: skip
+        minutes = None if settings.minutes is None else settings.minutes / len(settings.batch_sizes)
+        found, kept = session.measure(ways, size, f".{size}", minutes)
+        unfinished.append(kept)
         rows = {}
         for way in ways[1:]:
             stats = stats_of(found.first(way.name))
             rounds = [v.drafted for record in stats.records for v in record]
-            rows[way.name] = found.ratio(way.name, "off", prompts=False) | {
+            rows[way.name] = found.ratio(way.name, "off") | {
                 "tau": stats.tau, "drafts_a_round": sum(rounds) / len(rounds)
             }  # fmt: skip
         fixed = {k: rows[str(k)]["ratio"] for k in lengths}
@@ -317,8 +302,8 @@ def sweep(argv: Sequence[str]) -> int:
             }
         )
         write_json_atomic(settings.output, result)
-    for size in settings.batch_sizes:
-        Path(f"{settings.output}.{size}{KEPT}").unlink()
+    for kept in unfinished:
+        kept.remove()
     print(
         f"{'times drafting off':<20}" + "".join(f"{k:>8}" for k in lengths) + f"{'auto':>8}   auto drafts, best fixed"
     )
@@ -361,15 +346,12 @@ class ReportSettings:
 
 
 def report(argv: Sequence[str]) -> int:
-    """foretell report: a page of one run, or of several one after another."""
+    """foretell report: one page of one run or of several."""
     settings = parse(ReportSettings, argv, prog="foretell report")
     from foretell.evaluation.report import write_report
 
-    runs = [_read(path) for path in settings.runs]
-    output = Path(settings.output)
-    pages = [output] if len(runs) == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(runs))]
-    for run, path in zip(runs, pages, strict=True):
-        print(write_report(run, path))
+    first, *others = [_read(path) for path in settings.runs]
+    print(write_report(first, settings.output, *others))
     return 0
 
 

@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foretell.cli.loading import DTYPES, load_target, load_with_module
+from foretell.cli.loading import ModelSettings, load_target, load_with_module
 from foretell.config import parse
 
 
 @dataclass(kw_only=True)
-class GenerateSettings:
+class GenerateSettings(ModelSettings):
     """Flags of `foretell generate`; names as in transformers' generate."""
 
-    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
-    module: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
-    )
     prompt: str = field(metadata={"help": "What to answer; - reads it from standard input."})
     chat: bool = field(
         default=True, metadata={"help": "Put the prompt into the tokenizer's chat template, if it has one."}
@@ -56,11 +51,10 @@ class GenerateSettings:
     stats: bool = field(
         default=False, metadata={"help": "Print tau and acceptance by depth as JSON to standard error."}
     )
-    dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
 
     def problems(self) -> list[str]:
         """See config.check."""
-        found = []
+        found = super().problems()
         if self.num_draft_tokens != "auto" and not self.num_draft_tokens.isdigit():
             found.append(f"num_draft_tokens: got {self.num_draft_tokens!r}, wanted a number or auto.")
         if self.max_new_tokens < 1:
@@ -71,8 +65,6 @@ class GenerateSettings:
             found += [
                 f"{name}: got a value without --do-sample, which it is for." for name, given in asked.items() if given
             ]
-        if self.dtype not in DTYPES:
-            found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
         return found
 
 

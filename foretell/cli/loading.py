@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """What every verb that decodes is told."""
+
+    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
+    module: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
+    )
+    dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
+
+    def problems(self) -> list[str]:
+        """See config.check."""
+        return [] if self.dtype in DTYPES else [f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}."]
+
+
+@dataclass(kw_only=True)
+class WorkloadSettings(ModelSettings):
+    """And those that decode many prompts."""
+
+    prompts: list[str] = field(
+        metadata={"help": "spec-bench:FILE, mt-bench:FILE, gsm8k:FILE, humaneval:FILE, demo, or any rows with prompts."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Prompts of each category; null for all."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Of samples."})
+
+    def problems(self) -> list[str]:
+        """See config.check. Numbers that count something are 1 at least, in whatever verb has them."""
+        found = super().problems()
+        for name in ("limit", "max_new_tokens", "batch_size", "repeats", "contexts"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                found.append(f"{name}: got {value}, wanted at least 1.")
+        return found
 
 
 def load_target(path: str, dtype: str = "auto", from_scratch: bool = False) -> tuple[Any, Any]:

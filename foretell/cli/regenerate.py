@@ -23,12 +23,12 @@ class RegenerateSettings:
     output: str = field(metadata={"help": "Folder for the answers; load_dataset and --data read it."})
     engine: Literal["foretell", "openai", "vllm"] = field(
         default="foretell",
-        metadata={"help": "Our own decoder; an endpoint at --base-url; or `vllm serve`, started from --python."},
+        metadata={"help": "Our own decoder; an endpoint at --base-url; or vLLM, started by --python."},
     )
     base_url: list[str] | None = field(default=None, metadata={"help": "Of one or several OpenAI-compatible servers."})
     model_name: str | None = field(default=None, metadata={"help": "The name under which they serve the model."})
     python: str | None = field(default=None, metadata={"help": "With engine vllm: the Python of its environment."})
-    vllm_args: str = field(default="", metadata={"help": "Further words for vllm serve, as one text."})
+    vllm_args: str = field(default="", metadata={"help": "Further flags for vLLM, as one text."})
     concurrency: int = field(default=64, metadata={"help": "Requests in flight; of our own decoder texts at once."})
     retries: int = field(default=6, metadata={"help": "Of a request that fails, each after twice the wait before."})
     timeout: float = field(default=600.0, metadata={"help": "Seconds for one answer of an endpoint."})
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
     if settings.samples > 1 and not generation.do_sample:
         raise ValueError(f"samples: got {settings.samples} of greedy answers, which are all the same: --temperature T.")
     about: dict[str, Any] = {
-        "model": settings.model,
+        "model": Path(settings.model).name if Path(settings.model).exists() else settings.model,  # wherever it lies
         "revision": getattr(config, "_commit_hash", None),
         "prompts": rows_hash(rows),
         "engine": settings.engine,

@@ -6,51 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foretell.cli.loading import DTYPES, load_target, load_with_module
+from foretell.cli.loading import WorkloadSettings, load_target, load_with_module
 from foretell.config import parse
 from foretell.runtime import provenance, write_json_atomic
 
 
 @dataclass(kw_only=True)
-class VerifySettings:
+class VerifySettings(WorkloadSettings):
     """Flags of `foretell verify`."""
 
-    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
-    module: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
-    )
-    prompts: list[str] = field(
-        metadata={"help": "spec-bench:FILE, mt-bench:FILE, gsm8k:FILE, humaneval:FILE, demo, or any rows with prompts."}
-    )
     limit: int | None = field(default=8, metadata={"help": "Prompts of each category; null for all."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest greedy answer, in tokens."})
+    batch_size: int = field(default=4, metadata={"help": "Greedy answers are made one by one, and so many at once."})
     samples: int = field(default=512, metadata={"help": "Drawn behind each context, by each way of drafting; 0: none."})
     contexts: int = field(default=4, metadata={"help": "Prompts behind which is drawn."})
     temperature: float = field(default=1.0, metadata={"help": "Of the samples."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest greedy answer, in tokens."})
-    batch_size: int = field(default=4, metadata={"help": "Greedy answers are made one by one, and so many at once."})
-    seed: int = field(default=0, metadata={"help": "Of the samples."})
-    dtype: str = field(default="auto", metadata={"help": f"Of the target: {', '.join(DTYPES)}."})
     output: str | None = field(default=None, metadata={"help": "Where the numbers go, as JSON."})
 
     def problems(self) -> list[str]:
         """See config.check."""
-        least = {"max_new_tokens": 1, "batch_size": 1, "contexts": 1, "samples": 0}
-        found = [
-            f"{name}: got {getattr(self, name)}, wanted at least {low}."
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        if self.limit is not None and self.limit < 1:
-            found.append(f"limit: got {self.limit}, wanted at least 1.")
+        found = super().problems()
         if not self.temperature > 0:
             found.append(
                 f"temperature: got {self.temperature}, wanted more than 0: greedy decoding is always compared."
             )
-        if 0 < self.samples < 100:
+        if self.samples and self.samples < 100:
             found.append(f"samples: got {self.samples}, wanted at least 100 (or 0): fewer can prove nothing.")
-        if self.dtype not in DTYPES:
-            found.append(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}.")
         return found
 
 

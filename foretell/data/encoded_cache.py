@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 import warnings
@@ -109,8 +110,9 @@ def entries(root: str | Path) -> Iterator[dict[str, Any]]:
     root = Path(root).expanduser()
     folders = [root] if (root / ABOUT).exists() else sorted(root.iterdir()) if root.is_dir() else []
     for folder in folders:
-        temporary = folder.name.startswith(".") and folder.name.endswith(".tmp")
-        if not folder.is_dir() or not ((folder / ABOUT).exists() or temporary):
+        # rm takes what stands here away: only what has a key's name, or begins with it behind a dot while it is written
+        key, temporary = re.fullmatch(r"(\.?)[0-9a-f]{24}(\..*tmp)?", folder.name), folder.name.startswith(".")
+        if key is None or not folder.is_dir() or not ((folder / ABOUT).exists() or temporary):
             continue
         found: dict[str, Any] = {"key": folder.name, "folder": folder, "whole": False, "rows": 0, "tokens": 0}
         try:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def equality(mtp: MTPModel, found: Measured, reference: str) -> dict[str, Any]:
                         named = {"way": way.name, "prompt": found.chunks[number].names[i], **found_at}
                         (ties if found_at["near_tie"] else differences).append(named)
     return {
+        "unequal": sorted({one["way"] for one in differences}),
         "prompts": sum(len(chunk.prompts) for chunk in found.chunks),
         "runs": runs,
         "equal": runs - len(differences) - len(ties),
@@ -103,7 +104,6 @@ def summary(mtp: MTPModel, found: Measured, base: str) -> dict[str, Any]:
             "spread": [float(rates.min()), float(rates.max())],
             "tokens": int(found.tokens(way.name)[0].sum()),
             "times_off": found.ratio(way.name, base),
-            "times_off_here": found.ratio(way.name, base, prompts=False),
             "tau": 1.0,
         }
         if way.name != "transformers":
@@ -138,7 +138,8 @@ def _ours(every: GenerationStats, first: GenerationStats, seconds: float, bandwi
         "accept_at": first.accept_at,
         "accept_given": first.accept_given,
         "tokens_per_forward": tokens / max(every.verifications, 1),
-        "rows_per_verification": sum(1 + v.drafted for r in first.records for v in r) / max(len(_all(first)), 1),
+        "rows_per_verification": sum(1 + v.drafted for v in _all(first)) / max(len(_all(first)), 1),
+        "draft_ms": 1000 * parts["draft"] / every.draft_forwards if every.draft_forwards else None,
         "decode_tokens_per_second": tokens / max(decoding, 1e-9),
         "seconds": parts,
         "bytes_per_second": read,
@@ -261,9 +262,39 @@ def tau_by_category(found: Measured, names: Sequence[str]) -> dict[str, dict[str
     }
 
 
-def fixed_acceptance(run: Callable[[int], Way], chunks: Sequence[Chunk], drafts: int, seed: int) -> dict[str, Any]:
-    """Acceptance where every round drafts as many tokens: under "auto" a round without drafts counts as one."""
-    way = run(drafts)
-    return {"drafts": drafts} | _accepted(
-        _all(stats_of([way.run(chunk.prompts, seed + i).counts() for i, chunk in enumerate(chunks)]))
-    )
+def fixed_acceptance(way: Way, chunks: Sequence[Chunk], seed: int) -> dict[str, Any]:
+    """Acceptance of a way whose every round drafts as many tokens: under "auto" a round without drafts counts too."""
+    return _accepted(_all(stats_of([way.run(chunk.prompts, seed + i).counts() for i, chunk in enumerate(chunks)])))
+
+
+def shaded_sample(tokenizer: Any, answer: list[int], record: Sequence[Verification]) -> list[dict[str, Any]]:
+    """The tokens of each verification as text, with who proposed them: for the report."""
+    out, at = [], 0
+    for verification in record:
+        pieces = [
+            tokenizer.decode(answer[: i + 1])[len(tokenizer.decode(answer[:i])) :]
+            for i in range(at, at + verification.emitted)
+        ]
+        out.append(
+            {
+                "text": "".join(pieces),
+                "tokens": pieces,
+                "accepted": verification.accepted,
+                "sources": verification.sources,
+            }
+        )
+        at += verification.emitted
+    return out
+
+
+def sample(found: Measured, name: str, tokenizer: Any) -> dict[str, Any]:
+    """The answer that shows a way's drafting at its most typical: of the median tau."""
+    answers = [
+        (prompt, tokens, [Verification(*v) for v in record])
+        for chunk, kept in zip(found.chunks, found.first(name), strict=True)
+        for prompt, tokens, record in zip(chunk.prompts, kept["tokens"], kept["records"], strict=True)
+    ]
+    answers.sort(key=lambda one: len(one[1]) / len(one[2]))
+    prompt, tokens, record = answers[len(answers) // 2]
+    text = tokenizer.decode(prompt, skip_special_tokens=True)
+    return {"prompt": text, "way": name, "verifications": shaded_sample(tokenizer, tokens, record)}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from foretell.types import Verification
 
 DRAWS = 1000  # of a bootstrap
 LEAST_REPEATS = 3
+# 97.5 % quantiles of Student's distribution, by repeats
+STUDENT, STUDENT_MANY = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}, 2.2
 
 
 @dataclass
@@ -102,34 +106,34 @@ class Measured:
         """What the first repeat kept of each chunk."""
         return self.kept[way][0]
 
-    def ratio(self, way: str, base: str, chosen: Sequence[int] | None = None, prompts: bool = True) -> dict[str, float]:
-        """How many times faster, with a 95 % interval by bootstrap: over repeats, and over prompts too unless these
-        very prompts are all that is asked about.
+    def ratio(self, way: str, base: str, chosen: Sequence[int] | None = None) -> dict[str, float]:
+        """How many times faster, with a 95 % interval by bootstrap over prompts and repeats: what other prompts of the
+        same kinds may give. chosen: of these chunks alone.
         """
         at = np.arange(len(self.chunks)) if chosen is None else np.array(chosen)
-        pace = {name: (self.seconds(name)[:, at], self.tokens(name)[:, at]) for name in (way, base)}
+        pace = {name: (self.seconds(name)[:, at], self.tokens(name)[0, at]) for name in (way, base)}
 
-        def of(repeats: np.ndarray, chunks: np.ndarray) -> np.ndarray:  # [N, repeats], [N, C]
+        def of(repeats_NR: np.ndarray, chunks_NC: np.ndarray) -> np.ndarray:
             rate = []
-            for seconds, tokens in (pace[way], pace[base]):
-                middle = np.median(seconds[repeats[:, :, None], chunks[:, None, :]], axis=1)
-                rate.append(tokens[0][chunks].sum(1) / middle.sum(1))
+            for seconds_RC, tokens_C in (pace[way], pace[base]):
+                middle_NC = np.median(seconds_RC[repeats_NR[:, :, None], chunks_NC[:, None, :]], axis=1)
+                rate.append(tokens_C[chunks_NC].sum(1) / middle_NC.sum(1))
             return rate[0] / rate[1]
 
-        R, C = self.repeats, len(at)
-        generator = np.random.default_rng(0)
-        drawn = of(
-            generator.integers(R, size=(DRAWS, R)),
-            generator.integers(C, size=(DRAWS, C)) if prompts else np.tile(np.arange(C), (DRAWS, 1)),
-        )
-        value = float(of(np.arange(R)[None], np.arange(C)[None])[0])
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        return {"ratio": value, "low": float(low), "high": float(high)}
+        R, C, generator = self.repeats, len(at), np.random.default_rng(0)
+        drawn_N = of(generator.integers(R, size=(DRAWS, R)), generator.integers(C, size=(DRAWS, C)))
+        low, high = np.quantile(drawn_N, [0.025, 0.975])
+        value = of(np.arange(R)[None], np.arange(C)[None])[0]
+        return {"ratio": float(value), "low": float(low), "high": float(high)}
 
     def precision(self, base: str) -> float:
-        """Half of the widest interval of a ratio on these prompts, as a share of it."""
-        found = [self.ratio(way.name, base, prompts=False) for way in self.ways if way.name != base]
-        return max((of["high"] - of["low"]) / 2 / of["ratio"] for of in found)
+        """Half of the widest 95 % interval of a ratio on these prompts, as a share of it, from the repeats."""
+        found = []
+        for way in self.ways:
+            ratio_R = self.seconds(way.name).sum(1) / self.seconds(base).sum(1)
+            error = ratio_R.std(ddof=1) / np.sqrt(len(ratio_R)) / np.median(ratio_R)
+            found.append(STUDENT.get(len(ratio_R), STUDENT_MANY) * error)
+        return float(max(found))
 
 
 def chunks_of(named: Sequence[tuple[str, str, list[int]]], batch_size: int) -> list[Chunk]:
@@ -201,48 +205,43 @@ def measure(
     ways: list[Way],
     chunks: list[Chunk],
     base: str,
-    kept_at: Path,
-    key: dict[str, Any],
+    kept: Kept | None = None,
     *,
     repeats: int,
     precision: float,
     seed: int = 0,
-    seconds: float | None = None,
+    seconds: float = math.inf,
 ) -> Measured:
-    """All rounds, those of an earlier run with the same key first.
+    """All rounds, those that are kept already first.
 
-    base: the way that ratios are against. kept_at: where rounds are kept until the result is written. precision: from
-    three repeats on, stop where all ratios are known to that on these prompts. seconds: begin no repeat behind that.
+    base: the way that ratios are against. kept: where rounds are written, and were. precision: from three repeats on,
+    stop where all ratios are known to that on these prompts. seconds: begin no repeat that would end behind that.
     """
-    found = Measured(ways, chunks, {way.name: [] for way in ways})
-    started = time.monotonic()
-    with _Kept(kept_at, key) as file, Progress("evaluate", total=repeats * len(chunks), unit="chunk") as bar:
-        for line in file.read():
+    found, C = Measured(ways, chunks, {way.name: [] for way in ways}), len(chunks)
+    started, lasted = time.monotonic(), 0.0
+    with kept or nullcontext(), Progress("compare", total=repeats * C, unit="chunk") as bar:
+        for line in kept.lines if kept else ():
             _add(found, line)
             bar.update(1)
         for way in ways:
             way.run(chunks[0].prompts, seed)  # what is made once is not measured
-        for repeat in range(len(found.kept[base]) - (not _whole(found)), repeats):
-            if found.repeats >= LEAST_REPEATS and found.precision(base) <= precision:
+        first, there = divmod(len(kept.lines) if kept else 0, C)
+        for repeat in range(first, repeats):
+            began = time.monotonic()
+            known = found.repeats >= LEAST_REPEATS and found.precision(base) <= precision
+            if known or (repeat and began - started + lasted > seconds):
                 break
-            if seconds is not None and repeat and time.monotonic() - started > seconds:
-                break
-            for number in range(len(found.kept[base][repeat]) if repeat < len(found.kept[base]) else 0, len(chunks)):
+            for number in range(there if repeat == first else 0, C):
                 turn = (repeat + number) % len(ways)
-                done = {
-                    way.name: way.run(chunks[number].prompts, seed + number).counts()
-                    for way in [*ways[turn:], *ways[:turn]]
-                }
+                turns = [*ways[turn:], *ways[:turn]]
+                done = {way.name: way.run(chunks[number].prompts, seed + number).counts() for way in turns}
                 line = {"repeat": repeat, "chunk": number, "ways": done}
-                file.add(line)
+                if kept:
+                    kept.add(line)
                 _add(found, line)
                 bar.update(1)
+            lasted = time.monotonic() - began
     return found
-
-
-def _whole(found: Measured) -> bool:
-    kept = found.kept[found.ways[0].name]
-    return not kept or len(kept[-1]) == len(found.chunks)
 
 
 def _add(found: Measured, line: dict[str, Any]) -> None:
@@ -252,46 +251,45 @@ def _add(found: Measured, line: dict[str, Any]) -> None:
         found.kept[name][-1].append(kept)
 
 
-class _Kept:
+class Kept:
     """Rounds in a file of lines, the first of which says what they are of."""
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path, self.key = path, json.loads(json.dumps(key))
+        self.lines: list[dict[str, Any]] = []
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> Kept:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = list(self._whole_lines())
-        if self._lines and self._lines[0] != self.key:
-            others = [name for name in self.key if self._lines[0].get(name) != self.key[name]]
+        there = list(self._whole_lines()) or [self.key]
+        if there[0] != self.key:
+            others = [name for name in self.key if there[0].get(name) != self.key[name]]
             raise ValueError(
                 f"{self.path}: rounds of an interrupted run with another {', '.join(others) or 'key'}; give the same "
                 "settings to go on with it, another --output, or delete that file."
             )
         # written anew: an interrupted line ends without a newline, and what follows would join it
-        with self.path.open("w", encoding="utf-8") as file:
-            for line in self._lines or [self.key]:
-                file.write(json.dumps(line) + "\n")
-        self._file = self.path.open("a", encoding="utf-8")
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in there), encoding="utf-8")
+        self.lines, self._file = there[1:], self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _whole_lines(self) -> Iterator[Any]:
-        if not self.path.is_file():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                return
-            yield json.loads(line)
-
-    def read(self) -> list[dict[str, Any]]:
-        return self._lines[1:]
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    yield json.loads(line)
 
     def add(self, line: dict[str, Any]) -> None:
+        """Write a round, before the next one begins."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def remove(self) -> None:
+        """The result is written."""
+        self.path.unlink()
 
 
 def stats_of(kept: Sequence[dict[str, Any]]) -> GenerationStats:

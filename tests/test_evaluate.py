@@ -11,8 +11,9 @@ import torch
 from drafters import knowing_mtp, leaning_model
 
 from foretell.cli import main
+from foretell.evaluation import evaluate as evaluating
 from foretell.evaluation import measure as measuring
-from foretell.evaluation.evaluate import SCHEMA, elsewhere
+from foretell.evaluation.evaluate import SCHEMA, difference, elsewhere, predicted
 from foretell.evaluation.measure import Answered, Chunk, Kept, Measured, Way, chunks_of, measure, tensors_digest
 from foretell.evaluation.workloads import load_tasks, next_prompt
 from foretell.types import Verification
@@ -191,6 +192,32 @@ def test_the_words_of_others():
     assert found == pytest.approx([1 + 2 / 2, 2 / 6, 5 / 3, 5 / 3, 2 / 2, 2 / 6])
 
 
+def test_what_acceptance_alone_would_give():
+    from foretell.decoding.stats import GenerationStats
+
+    off = GenerationStats("lossless", True, [[Verification(0, 0, 0, 1, [])] * 4], verifications=4)
+    off.seconds = {"verify": 4.0}
+    drafted = GenerationStats("lossless", True, [[Verification(1, 1, 1, 2, [])] * 3], verifications=3)
+    drafted.seconds = {"verify": 3.6, "draft": 0.3}
+    found = predicted(drafted, off)
+    assert (found["draft_cost"], found["wider_rows"]) == (pytest.approx(0.1), pytest.approx(0.2))
+    assert found["speedup"] == pytest.approx(2 / 1.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_half_precision_has_near_ties(dtype, monkeypatch):
+    mtp, prompt = knowing_mtp(leaning_model().to(dtype)), [5, 9, 20]
+    best = mtp.model(torch.tensor([prompt])).logits[0, -1].topk(2)
+    (got, wanted), gap = best.indices.tolist(), float(best.values[0] - best.values[1])
+    found = difference(mtp, prompt, [got, 4], [wanted, 4])
+    assert found["position"] == 0 and (found["got"], found["wanted"]) == ([got], [wanted])
+    assert found["gap"] == pytest.approx(gap / torch.finfo(dtype).eps / float(best.values[1].abs()), rel=1e-3)
+    for limit in (found["gap"] * 0.99, found["gap"] * 1.01):
+        monkeypatch.setattr(evaluating, "NEAR_TIE", limit)
+        assert difference(mtp, prompt, [got], [wanted])["near_tie"] == (dtype != torch.float32 and limit > found["gap"])
+    assert difference(mtp, prompt, [got], [got, 4])["near_tie"] is False  # another length is no rounding
+
+
 # -- the verbs ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,12 +231,14 @@ def test_evaluate_counts_what_was_decoded(place, capsys):
     assert {n for c in result["chunks"] for n in c["names"]} >= {"spec-bench/7", "spec-bench/7 turn 2", "rows/0"}
     both = result["ways"][-1]
     rounds = [v for chunk in result["chunks"] for record in chunk["records"] for v in record]
-    emitted = sum(v[3] for v in rounds)
-    assert emitted == sum(len(a) for chunk in result["chunks"] for a in chunk["answers"])
-    assert both["tau"] == pytest.approx(emitted / len(rounds))
-    assert sum(result["acceptance_by"]["both"]["histogram"].values()) == len(rounds)
+    answered = sum(len(a) for chunk in result["chunks"] for a in chunk["answers"])
+    assert sum(v[3] for v in rounds) == answered  # of the first repeat
+    assert [sum(chunk["rounds"][0] for chunk in result["chunks"]), result["repeats"]] == [len(rounds), 3]
+    every = sum(sum(chunk["rounds"]) for chunk in result["chunks"])
+    assert both["tau"] == pytest.approx(3 * answered / every)
+    assert sum(result["acceptance_by"]["both"]["histogram"].values()) == every
     for kind in ("by_category", "by_position", "by_context"):
-        assert sum(b["verifications"] for b in result["acceptance_by"]["both"][kind].values()) == len(rounds)
+        assert sum(b["verifications"] for b in result["acceptance_by"]["both"][kind].values()) == every
     assert both["times_off"]["low"] <= both["times_off"]["ratio"] <= both["times_off"]["high"]
     assert result["fixed"]["drafts"] == 3 and result["fixed"]["tau"] > 1.3
     assert sum(both["seconds"].values()) == pytest.approx(
@@ -221,7 +250,7 @@ def test_sampled_and_batched(place):
     more = ("--temperature", "1", "--batch-size", "4", "--repeats", "1", "--max-new-tokens", "8", "--no-transformers")
     assert main(words(place, *more, "--num-draft-tokens", "2", output="t.json")) == 0
     result = json.loads((place / "t.json").read_text())
-    assert "equality" not in result and result["ways"][-1]["label"].endswith(", 2")
+    assert "equality" not in result and result["ways"][-1]["label"].endswith(", 2 drafts")
     assert max(v[1] for chunk in result["chunks"] for record in chunk["records"] for v in record) == 2
 
 

@@ -114,14 +114,12 @@ class Session:
 
         return foretell_way(self.mtp, "off", "foretell, drafting off", num_draft_tokens=0, **self.common)
 
-    def drafted(self, name: str, length: int | str, drafter: str | None = None) -> Way:
+    def drafted(self, name: str, length: int | str) -> Way:
         from foretell.evaluation.measure import foretell_way
 
-        drafter = drafter or self.drafter
-        label = {"mtp": "MTP module", "lookup": "prompt lookup", "mtp+lookup": "MTP module + prompt lookup"}[drafter]
-        return foretell_way(
-            self.mtp, name, f"{label}, {length}", num_draft_tokens=length, drafter=drafter, **self.common
-        )
+        labels = {"mtp": "MTP module", "lookup": "prompt lookup", "mtp+lookup": "MTP module + prompt lookup"}
+        label = labels[self.drafter] + ("" if length == "auto" else f", {length} drafts")
+        return foretell_way(self.mtp, name, label, num_draft_tokens=length, drafter=self.drafter, **self.common)
 
     def measure(self, ways: list[Way], batch_size: int, part: str, minutes: float | None) -> tuple[Measured, Kept]:
         """All rounds, and where they are kept until the result is written."""
@@ -139,8 +137,8 @@ class Session:
     def start(self, verb: str, argv: Sequence[str]) -> dict[str, Any]:
         found = provenance(["foretell", verb, *argv])
         return {
-            "model": self.settings.model,
-            "module": self.settings.module,
+            "model": Path(self.settings.model).name,  # whose weights identity tells, wherever they lie
+            "module": self.settings.module and Path(self.settings.module).name,
             "dtype": str(self.mtp.target.dtype).removeprefix("torch."),
             "drafter": self.drafter,
             "provenance": {
@@ -176,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
         way["name"]: {k: way[k] for k in ("accept_at", "accept_given")} for way in result["ways"] if way["name"] == name
     }
     result["acceptance_by"] = numbers.acceptance(found, [name])
-    result["elsewhere"] = numbers.elsewhere(stats_of(found.first(name)))
+    result["elsewhere"] = numbers.elsewhere(stats_of(found.every(name)))
     if length == "auto":
         fixed = min(3, mtp.module.longest_draft) if "mtp" in session.drafter else 3
         every = numbers.fixed_acceptance(session.drafted(name, fixed), found.chunks, settings.seed)
@@ -201,6 +199,7 @@ def main(argv: Sequence[str]) -> int:
             "category": chunk.category,
             "seconds": {way.name: found.seconds(way.name)[:, i].tolist() for way in ways},
             "tokens": {way.name: int(found.tokens(way.name)[0, i]) for way in ways},
+            "rounds": [sum(map(len, one["records"])) for one in found.every(name, [i])],
             "answers": found.first(name)[i]["tokens"],
             "records": found.first(name)[i]["records"],
         }
@@ -284,7 +283,7 @@ def sweep(argv: Sequence[str]) -> int:
         unfinished.append(kept)
         rows = {}
         for way in ways[1:]:
-            stats = stats_of(found.first(way.name))
+            stats = stats_of(found.every(way.name))
             rounds = [v.drafted for record in stats.records for v in record]
             rows[way.name] = found.ratio(way.name, "off") | {
                 "tau": stats.tau, "drafts_a_round": sum(rounds) / len(rounds)

@@ -70,8 +70,8 @@ def _tau(first: dict[str, Any], second: dict[str, Any], name: str) -> dict[str, 
     rng, C = np.random.default_rng(1), len(first["chunks"])
     chunks_NC, taus = rng.integers(C, size=(DRAWS, C)), []
     for run in (first, second):
-        emitted = np.array([sum(v[3] for r in chunk["records"] for v in r) for chunk in run["chunks"]], dtype=float)
-        rounds = np.array([sum(len(r) for r in chunk["records"]) for chunk in run["chunks"]], dtype=float)
+        emitted = np.array([chunk["tokens"][name] * len(chunk["rounds"]) for chunk in run["chunks"]], dtype=float)
+        rounds = np.array([sum(chunk["rounds"]) for chunk in run["chunks"]], dtype=float)
         taus.append((emitted.sum() / rounds.sum(), emitted[chunks_NC].sum(1) / rounds[chunks_NC].sum(1)))
     return _interval(taus[1][0] - taus[0][0], taus[1][1] - taus[0][1], 0.0)
 

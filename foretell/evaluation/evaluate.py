@@ -19,6 +19,7 @@ from foretell.types import Verification
 SCHEMA = "foretell.evaluate/1"
 NEAR_TIE = 4.0  # steps of the number type within which two logits are a rounding apart
 CONTEXTS = (128, 512, 2048, 8192)  # borders of the buckets of context lengths
+SHOWN = 600  # characters of a sample's prompt
 POSITIONS = 32  # tokens of an answer in one bucket of positions
 
 
@@ -92,7 +93,7 @@ def difference(mtp: MTPModel, prompt: list[int], got: list[int], wanted: list[in
 def summary(mtp: MTPModel, found: Measured, base: str) -> dict[str, Any]:
     """Of each way its speed against the base with intervals, its times, and its acceptance."""
     bandwidth, bytes_ = read_bandwidth(mtp)
-    off = stats_of(found.first(base))
+    off = stats_of(found.every(base))
     ways = []
     for way in found.ways:
         rates = found.rates(way.name)
@@ -107,8 +108,8 @@ def summary(mtp: MTPModel, found: Measured, base: str) -> dict[str, Any]:
             "tau": 1.0,
         }
         if way.name != "transformers":
-            every = stats_of([one for kept in found.kept[way.name][: found.repeats] for one in kept])
-            about |= _ours(every, stats_of(found.first(way.name)), found.seconds(way.name).sum(), bandwidth, bytes_)
+            every = stats_of(found.every(way.name))
+            about |= _ours(every, found.seconds(way.name).sum(), bandwidth, bytes_)
             if way.name != base:
                 about["predicted"] = predicted(every, off)
         ways.append(about)
@@ -125,20 +126,20 @@ def summary(mtp: MTPModel, found: Measured, base: str) -> dict[str, Any]:
     }
 
 
-def _ours(every: GenerationStats, first: GenerationStats, seconds: float, bandwidth: float, bytes_: int) -> dict:
+def _ours(every: GenerationStats, seconds: float, bandwidth: float, bytes_: int) -> dict[str, Any]:
     parts = {name: every.seconds.get(name, 0.0) for name in ("prefill", "draft", "verify")}
     parts["bookkeeping"] = max(seconds - sum(parts.values()), 0.0)
     decoding = seconds - parts["prefill"]
     tokens = sum(v.emitted for record in every.records for v in record)
     read = bytes_ * every.verifications / max(parts["verify"], 1e-9)
     return {
-        "tau": first.tau,
-        "tau_drafted": first.tau_drafted,
-        "mean_accepted": first.mean_accepted,
-        "accept_at": first.accept_at,
-        "accept_given": first.accept_given,
+        "tau": every.tau,
+        "tau_drafted": every.tau_drafted,
+        "mean_accepted": every.mean_accepted,
+        "accept_at": every.accept_at,
+        "accept_given": every.accept_given,
         "tokens_per_forward": tokens / max(every.verifications, 1),
-        "rows_per_verification": sum(1 + v.drafted for v in _all(first)) / max(len(_all(first)), 1),
+        "rows_per_verification": sum(1 + v.drafted for v in _all(every)) / max(len(_all(every)), 1),
         "draft_ms": 1000 * parts["draft"] / every.draft_forwards if every.draft_forwards else None,
         "decode_tokens_per_second": tokens / max(decoding, 1e-9),
         "seconds": parts,
@@ -183,7 +184,7 @@ def acceptance(found: Measured, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         kinds: dict[str, dict[str, list[Verification]]] = {"category": {}, "position": {}, "context": {}}
         counts: dict[int, int] = {}
-        for chunk, one in zip(found.chunks, found.first(name), strict=True):
+        for chunk, one in zip(found.chunks * found.repeats, found.every(name), strict=True):
             for prompt, record in zip(chunk.prompts, one["records"], strict=True):
                 said = 0
                 for v in (Verification(*kept) for kept in record):
@@ -257,7 +258,7 @@ def _by_category(found: Measured) -> dict[str, dict[str, float]]:
 def tau_by_category(found: Measured, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Of the ways that draft."""
     return {
-        kind: {name: stats_of([found.first(name)[i] for i in _of_kind(found, kind)]).tau for name in names}
+        kind: {name: stats_of(found.every(name, _of_kind(found, kind))).tau for name in names}
         for kind in sorted({chunk.category for chunk in found.chunks})
     }
 
@@ -297,4 +298,5 @@ def sample(found: Measured, name: str, tokenizer: Any) -> dict[str, Any]:
     answers.sort(key=lambda one: len(one[1]) / len(one[2]))
     prompt, tokens, record = answers[len(answers) // 2]
     text = tokenizer.decode(prompt, skip_special_tokens=True)
+    text = text if len(text) <= SHOWN else f"... {text[-SHOWN:]}"
     return {"prompt": text, "way": name, "verifications": shaded_sample(tokenizer, tokens, record)}

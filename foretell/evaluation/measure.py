@@ -102,6 +102,11 @@ class Measured:
         """[repeats] tokens a second over all chunks."""
         return self.tokens(way).sum(1) / self.seconds(way).sum(1)
 
+    def every(self, way: str, chosen: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """What all repeats kept, of these chunks."""
+        at = range(len(self.chunks)) if chosen is None else chosen
+        return [kept[i] for kept in self.kept[way][: self.repeats] for i in at]
+
     def first(self, way: str) -> list[dict[str, Any]]:
         """What the first repeat kept of each chunk."""
         return self.kept[way][0]

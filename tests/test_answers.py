@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from foretell.data.cache import HiddenStore
 from foretell.data.formats import load_rows
 from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import get_mtp_model
+from foretell.training import endpoint
 
 TEMPLATE = (
     "{% for m in messages %}{{ {'user': 'w3 ', 'assistant': 'w4 ', 'system': 'w6 '}[m.role] }}{{ m.content }} "
@@ -436,3 +438,18 @@ def test_the_folder_trains_in_both_trainers(states, model_folder, tmp_path, caps
         words = ["--model_name_or_path", str(model_folder), "--dataset_name", str(out), "--mtp_enabled", "true"]
         words += ["--output_dir", str(tmp_path / "sft"), *(w.replace("-", "_").replace("__", "--", 1) for w in few)]
         assert main(["sft", *words]) == 0
+
+
+def test_a_server_is_given_the_time_it_asks_for(model_folder, tmp_path, monkeypatch):
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert endpoint._retry_after("2.5") == 2.5 and endpoint._retry_after(None) is None
+    assert 25 < endpoint._retry_after(soon) <= 30 and endpoint._retry_after("soon") is None
+    assert endpoint._retry_after("-3") == 0.0
+    waited = []
+    monkeypatch.setattr(endpoint.Endpoint, "_sleep", lambda self, seconds: waited.append(seconds))
+    monkeypatch.setattr(endpoint, "_retry_after", lambda value: 7.0 if value is not None else None)
+    prompts = prompts_file(tmp_path / "prompts.jsonl", 4)
+    with Server(faults={0: 429}) as server:
+        flags = ["--engine", "openai", "--base-url", server.url, "--concurrency", 1]
+        assert run(model_folder, prompts, tmp_path / "out", *flags) == 0
+    assert any(6 < seconds <= 7 for seconds in waited)

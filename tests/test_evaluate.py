@@ -239,6 +239,9 @@ def test_evaluate_counts_what_was_decoded(place, capsys):
     assert sum(result["acceptance_by"]["both"]["histogram"].values()) == every
     for kind in ("by_category", "by_position", "by_context"):
         assert sum(b["verifications"] for b in result["acceptance_by"]["both"][kind].values()) == every
+    read = result["weights_bytes"] * every / both["seconds"]["verify"]
+    assert both["share_of_bandwidth"] == pytest.approx(read / result["bandwidth_bytes_per_second"])
+    assert result["weights_bytes"] == sum(p.numel() * 4 for p in leaning_model().parameters())
     assert both["times_off"]["low"] <= both["times_off"]["ratio"] <= both["times_off"]["high"]
     assert result["fixed"]["drafts"] == 3 and result["fixed"]["tau"] > 1.3
     assert sum(both["seconds"].values()) == pytest.approx(

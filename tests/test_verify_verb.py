@@ -11,7 +11,7 @@ from test_evaluate import place  # noqa: F401 (a fixture)
 from foretell.cli import main
 from foretell.decoding import loop
 from foretell.decoding import verify as verify_module
-from foretell.evaluation.losslessness import _below, _power, _quantile, chi_square, leaning, least_deviation
+from foretell.evaluation.losslessness import _below, _cells, _power, _quantile, chi_square, leaning, least_deviation
 from foretell.types import Verdict
 
 
@@ -101,6 +101,13 @@ def test_the_statistic_is_pearsons_and_knows_the_impossible():
     found = chi_square([counts], [FLAT])
     assert found["chi_square"] == pytest.approx((80**2 + 80**2) / 100) and found["freedom"] == 7
     assert chi_square([Counter({(9,): 3, (0,): 5})], [FLAT])["impossible"] == 3
+
+
+def test_rare_outcomes_share_a_cell():
+    chances = {(0,): 0.001, (1,): 0.9, (2,): 0.002, (3,): 0.096, (4,): 0.001}
+    cells = _cells(chances, 1000)
+    assert [sorted(cell) for cell in cells] == [[(0,), (2,), (3,), (4,)], [(1,)]]  # each of at least 5 expected samples
+    assert _cells(chances, 10) == [sorted(chances, key=chances.get)]
 
 
 def test_the_least_deviation_is_the_least():

@@ -252,6 +252,15 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         load_rows(tmp_path / "bytes.jsonl")
 
 
+def test_a_parquet_file_without_rows_is_empty_and_not_torn(tmp_path):
+    Dataset.from_dict({"text": ["one", "two"]}).to_parquet(str(tmp_path / "train-0.parquet"))
+    Dataset.from_dict({"text": ["one"]}).select([]).to_parquet(str(tmp_path / "train-1.parquet"))
+    with pytest.raises(ValueError, match="^train-1.parquet: the file is empty, wanted at least one row$"):
+        load_rows(tmp_path)
+    (tmp_path / "train-1.parquet").unlink()
+    assert len(load_rows(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_file_is_an_error(tmp_path, content):
     (tmp_path / "empty.jsonl").write_text(content)

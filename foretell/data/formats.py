@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 
 from foretell.data.answers import kept_states
 from foretell.data.rows import check_row
@@ -252,7 +253,7 @@ def _open_file(path: Path) -> Part:
             part = Part(items, name, "item")
         elif kind in (".json", ".jsonl"):
             part = Lines(path, name)
-        else:
+        elif kind != ".parquet" or pyarrow.parquet.read_metadata(path).num_rows:  # datasets cannot read one of no rows
             with bars(path.stat().st_size > LARGE_BYTES):
                 found = datasets.load_dataset(kind[1:], data_files=str(path), split="train")
             part = Part(found, name, "row")

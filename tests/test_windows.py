@@ -29,7 +29,7 @@ from foretell.methods import chain
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
 from foretell.models.graphs import StaticSteps
-from foretell.models.slot_cache import Ring, SlotCache, SlotRows
+from foretell.models.slot_cache import Ring, SlotCache, SlotRows, cache_name
 from foretell.models.target import Target
 from foretell.mtp import get_mtp_model
 from foretell.ops.tree import chain_mask, row_mask
@@ -341,22 +341,22 @@ def test_a_step_that_goes_round_waits_for_nothing(spare, monkeypatch):
 def test_a_layer_that_asks_where_a_key_stands_keeps_everything():
     model = tiny_model("mistral", sliding_window=20)
     kind = type(model.model.layers[0].self_attn)
+    named = cache_name(kind.forward)
 
     class Counting(kind):
         """Its first columns count for more."""
 
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
-            kwargs["past_key_values"] = Fading(cache)
+            kwargs[named] = Fading(kwargs.get(named))
             return super().forward(hidden_states, *args, **kwargs)
 
     class Fading:
         def __init__(self, cache: Any) -> None:
             self.cache = cache
 
-        def update(self, key: Tensor, value: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        def update(self, key: Tensor, value: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
             if self.cache is not None:
-                key, value = self.cache.update(key, value, *more)
+                key, value = self.cache.update(key, value, *more, **named)
             return key, value * (1 + (torch.arange(value.shape[2]) < 3)[:, None])
 
     for layer in model.model.layers:

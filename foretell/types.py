@@ -7,6 +7,7 @@ K depths of an MTP module, N rows flattened, D hidden width, V vocabulary, M voc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,8 @@ class SequenceState:
     done: bool = False
     broken: bool = False  # its own states are no numbers any more: nothing is drafted for it, its slot is wiped
     reread_at: int = 0  # length of the text when it was read anew, since the model turned by other angles from there on
+    most_tokens: int = sys.maxsize  # that it will have, where that is known of it alone
+    most_drafts: int = sys.maxsize  # deepest that are made for it
 
     @property
     def read_as(self) -> int:
@@ -138,6 +141,9 @@ class Watcher:
 
     def start(self, slot: int) -> None:
         """A new sequence takes this slot."""
+
+    def hold(self, slots: int) -> None:
+        """So many first slots are taken now, whoever is told of next."""
 
     def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
         """The target has read tokens: rows kept[b] of its forward are sequence b's newest cached positions."""

@@ -23,7 +23,7 @@ LAYERS = [
     {"methods", "decoding"},  # how to train and draft | how to verify
     {"checkpoint", "native"},  # how a module is stored | how modules that others trained are read
     {"mtp"},  # MTPModel: the target and its module in one object
-    {"training", "evaluation", "export", "serve"},  # what people run
+    {"training", "evaluation", "export", "serving"},  # what people run
     {"trl"},  # the drop-in for TRL users: names of training/sft.py
     {"cli"},  # how people run it
     {"__main__"},
@@ -34,11 +34,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RIM = {
     "trl": {"training", "cli"},
     "peft": {"training", "export"},
-    "vllm": {"export", "serve"},
-    "sglang": {"export", "serve"},
+    "vllm": {"export", "serving"},
+    "sglang": {"export", "serving"},
     "gguf": {"export"},
-    "fastapi": {"serve"},
-    "uvicorn": {"serve", "cli"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving", "cli"},
     "lm_eval": {"evaluation"},
     "matplotlib": {"evaluation"},
     "scipy": {"evaluation"},

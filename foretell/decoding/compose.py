@@ -62,6 +62,11 @@ class Composed(Drafter):
         for drafter in self.drafters:
             drafter.start(slot)
 
+    def hold(self, slots: int) -> None:
+        """See Watcher."""
+        for drafter in self.drafters:
+            drafter.hold(slots)
+
     def observe(self, sequences: Sequence[SequenceState], rows: Any, kept: list[list[int]]) -> None:
         """See Watcher."""
         for drafter in self.drafters:

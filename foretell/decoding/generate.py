@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import stopping_criteria as sc
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foretell.decoding.arguments import OWN, Plan, open_to_transformers
@@ -117,6 +118,29 @@ def refuse_unsupported(generation_config: Any, model_kwargs: dict[str, Any]) -> 
             + "; ".join(bad)
             + ". Leave these out, or call model.generate without it."
         )
+
+
+def prepared(model: Any, input_ids: list[int], **how: Any) -> tuple[list, list, Any]:
+    """(logits processors, stopping criteria, GenerationConfig) as transformers' generate prepares them for one prompt.
+
+    Raises ValueError for what cannot be honoured beside other texts.
+    """
+
+    def keep(_model: Any, input_ids: Tensor, logits_processor: list, stopping_criteria: list, **more: Any) -> tuple:
+        return logits_processor, stopping_criteria, more
+
+    ids_1T = torch.tensor([input_ids], device=model.device)
+    processors, criteria, more = model.generate(
+        ids_1T, attention_mask=torch.ones_like(ids_1T), custom_generate=keep, use_cache=True, **how
+    )
+    config = more.pop("generation_config")
+    refuse_unsupported(config, more)
+    if others := of_more_than_one_text([*processors, *criteria], 2):
+        raise ValueError(f"foretell cannot honour beside other texts: {', '.join(others)}.")
+    for processor in processors:
+        if type(processor) is RepetitionPenaltyLogitsProcessor:  # a number of padding tokens a row, of which are none
+            processor.prompt_ignore_length = None
+    return processors, criteria, config
 
 
 class MTPGenerate:

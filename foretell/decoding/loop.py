@@ -8,7 +8,6 @@ Sequences are ragged: each accepts its own length, finished ones leave the batch
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from foretell.types import Draft, Drafter, SequenceState, Verdict, Verification,
 
 PREFILL_ROWS = STEP_ROWS  # rows a sequence in one prefill forward: longer prompts are read in exact chunks
 PREFILL_TOKENS = 4096  # rows of all sequences in one prefill forward
+PIECE_ROWS = 256  # the same where others wait for their next round
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Rules:
     num_draft_tokens: of a verification, or who decides. reference: whose output is the target's here.
     slots: how many are decoded at once. emit: told of each round's new tokens. leave: told of each sequence as it ends
     (its slot is still whole then). stop_admitting: once true, sequences still waiting are left as they are.
+    joined: others may join at any time, so prompts are read in pieces between rounds. look: given the logits of each
+    round's rows, and which of them the new tokens are from.
     """
 
     scores: RowScores
@@ -54,6 +56,8 @@ class Rules:
     emit: Callable[[SequenceState, list[int]], None] | None = None
     leave: Callable[[SequenceState], None] | None = None
     stop_admitting: Callable[[], bool] | None = None
+    joined: bool = False
+    look: Callable[[SequenceState, Tensor, list[int]], None] | None = None
 
 
 class Decoder:
@@ -78,14 +82,18 @@ class Decoder:
         **rules: Any,
     ) -> GenerationStats:
         """Extend each sequence until finished(sequence) is true; rules: the rest of Rules."""
-        return self._start(sequences, Rules(scores, finished, **rules)).go()
+        return self.start(sequences, Rules(scores, finished, **rules)).go()
 
-    def _start(self, sequences: Sequence[SequenceState], rules: Rules) -> Run:
+    def start(self, sequences: Sequence[SequenceState], rules: Rules) -> Run:
+        """A run that goes on step by step."""
         return Run(self, sequences, rules)
 
 
 class Run:
-    """One run of a Decoder: all that changes while it goes on. Nothing of it is left behind when it ends."""
+    """One run of a Decoder: all that changes while it goes on. Nothing of it is left behind when it ends.
+
+    Slots 0, 1, ... are those of the active, then of those whose prompts are being read.
+    """
 
     def __init__(self, decoder: Decoder, sequences: Sequence[SequenceState], rules: Rules) -> None:
         self.rules = rules
@@ -94,9 +102,10 @@ class Run:
         length = rules.num_draft_tokens
         self.adaptive = length if isinstance(length, AdaptiveLength) else None
         self.length = length if isinstance(length, int) else 0
-        self.slots = min(rules.slots, max(len(sequences), 1))
+        self.slots = rules.slots if rules.joined else min(rules.slots, max(len(sequences), 1))
         # longest prompts first: they share prefill forwards with others of their length
         self.waiting = sorted(sequences, key=lambda s: len(s.tokens))
+        self.reading: list[SequenceState] = []
         self.active: list[SequenceState] = []
         self.stats = GenerationStats.of(rules.policy, rules.policy not in LOSSY, sequences)
         self.stats.confidence_threshold, self.stats.reference = rules.confidence_threshold, rules.reference
@@ -105,32 +114,45 @@ class Run:
     @torch.no_grad()
     def go(self) -> GenerationStats:
         """The whole run: rounds, until every sequence has ended."""
+        self.begin()
+        while self.step():
+            pass
+        if self.drafter is not None:
+            self.stats.draft_forwards = self.drafter.calls - self._calls
+        return self.stats
+
+    def begin(self) -> None:
+        """Before the first step."""
         rules = self.rules
         self.target.refresh(rules.max_tokens)
         self.cache.open(self.target.windows)
         longest = self.adaptive.longest if self.adaptive is not None else self.length
         for watcher in self.watchers:
             watcher.open(self.slots, rules.max_tokens + longest)  # drafts may be accepted beyond a text's end
-        calls = 0
         if self.drafter is not None:
             self.drafter.borrow(self.cache)
-            self.drafter.generator, calls = rules.generator, self.drafter.calls
-        while self.waiting or self.active:
-            if rules.stop_admitting is not None and rules.stop_admitting():
-                self.waiting = []
-            free = self.slots - len(self.active)
-            if self.waiting and free >= min(len(self.waiting), max(1, self.slots // 8)):
-                self._admit([self.waiting.pop() for _ in range(min(free, len(self.waiting)))])
-            if not self.active:
-                break
+            self.drafter.generator, self._calls = rules.generator, self.drafter.calls
+
+    def admit(self, sequence: SequenceState) -> None:
+        """It joins as soon as a slot is free; whoever came first comes first."""
+        self.waiting.insert(0, sequence)
+
+    def cancel(self, sequence: SequenceState) -> None:
+        """It leaves before the next round."""
+        sequence.done = True
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One round, before it what those that join need; whether anybody is left."""
+        self._leave()
+        self._join()
+        if self.active:
             self._reread()
             for sequence, tokens in self._round():
-                if rules.emit is not None and tokens:
-                    rules.emit(sequence, tokens)
+                if self.rules.emit is not None and tokens:
+                    self.rules.emit(sequence, tokens)
             self._leave()
-        if self.drafter is not None:
-            self.stats.draft_forwards = self.drafter.calls - calls
-        return self.stats
+        return bool(self.active or self.reading or self.waiting)
 
     def _round(self) -> list[tuple[SequenceState, list[int]]]:
         """Draft, lay out the token tree, forward, verify, keep, emit."""
@@ -156,6 +178,8 @@ class Run:
         for sequence, draft, verdict, path in zip(active, drafts, verdicts, kept, strict=True):
             sequence.cached += len(path)
             emitted.append((sequence, self._emit(sequence, draft, verdict)))
+            if self.rules.look is not None:
+                self.rules.look(sequence, logits_BRV[len(emitted) - 1], path)
         for watcher in self.watchers:
             watcher.observe(active, rows, kept)
         self.stats.seconds["draft"] += drafted - start
@@ -255,9 +279,9 @@ class Run:
         return proposed, self.adaptive.prune(proposed), self.drafter.timing(spent)
 
     def _progress(self) -> tuple[list[int], list[float] | None]:
-        """Of each sequence, the tokens that may still come, and those that came a round; None while others wait."""
-        left = [self.rules.max_tokens - len(s.padding) - len(s.tokens) for s in self.active]
-        if self.waiting:
+        """Of each sequence, the tokens that may still come, and those that came a round; None where others wait."""
+        left = [min(self.rules.max_tokens, s.most_tokens) - len(s.padding) - len(s.tokens) for s in self.active]
+        if self.waiting or self.rules.joined:
             return left, None
         return left, [(len(s.new_tokens) + 4) / (len(s.record) + 2) for s in self.active]
 
@@ -265,8 +289,8 @@ class Run:
         """How deep drafts may go: not beyond where the text will be read anew, and nowhere below a broken one."""
         if sequence.broken:
             return 0
-        border = self.target.rereads_at
-        return sys.maxsize if border is None or sequence.read_as > border else border - len(sequence.tokens)
+        border, most = self.target.rereads_at, sequence.most_drafts
+        return most if border is None or sequence.read_as > border else min(border - len(sequence.tokens), most)
 
     def _reread(self) -> None:
         """Texts that have grown beyond where the model's own generate reads them anew are read anew."""
@@ -280,12 +304,18 @@ class Run:
                     self._prefill([sequence])
 
     def _verdicts(self, active: list[SequenceState], drafts: list[Draft], logits_BRV: Tensor) -> list[Verdict]:
-        scores, policy = self.rules.scores, self.rules.policy
-        if scores.plain and policy == "lossless":
-            argmax = logits_BRV.argmax(-1).tolist()
-            return [verify_greedy(d, argmax[b][: 1 + len(d)]) for b, d in enumerate(drafts)]
-        uniform_BR = scores.uniform(active, drafts, logits_BRV)
-        return verify(drafts, scores.rows(active, drafts, logits_BRV), uniform_BR, policy)
+        policy, found = self.rules.policy, {}
+        for scores, rows in self.rules.scores.parts(active):
+            few, of = [active[b] for b in rows], [drafts[b] for b in rows]
+            own_BRV = logits_BRV if len(rows) == len(active) else logits_BRV[rows]
+            if scores.plain and policy == "lossless":
+                argmax = own_BRV.argmax(-1).tolist()
+                verdicts = [verify_greedy(d, row[: 1 + len(d)]) for d, row in zip(of, argmax, strict=True)]
+            else:
+                uniform_BR = scores.uniform(few, of, own_BRV)
+                verdicts = verify(of, scores.rows(few, of, own_BRV), uniform_BR, policy)
+            found.update(zip(rows, verdicts, strict=True))
+        return [found[b] for b in range(len(active))]
 
     def _emit(self, sequence: SequenceState, draft: Draft, verdict: Verdict) -> list[int]:
         """Append the accepted tokens and the target's own, one by one, up to the first that ends the sequence."""
@@ -307,25 +337,57 @@ class Run:
                 return count
         return len(tokens)
 
+    def _join(self) -> None:
+        """Waiting sequences take the free slots, and what is to be read of their prompts is read: all but the last
+        token, or one piece of it where others may not be held up.
+        """
+        rules, start, forwards = self.rules, time.perf_counter(), self.stats.target_forwards
+        if rules.stop_admitting is not None and rules.stop_admitting():
+            self.waiting = []
+        free = self.slots - len(self.active)
+        if self.waiting and not self.reading and free >= min(len(self.waiting), max(1, self.slots // 8)):
+            self._admit([self.waiting.pop() for _ in range(min(free, len(self.waiting)))])
+        while self.reading:
+            unread = (i for i, s in enumerate(self.reading) if s.cached < len(s.tokens) - 1)
+            ready = next(unread, len(self.reading))
+            self.active, self.reading = self.active + self.reading[:ready], self.reading[ready:]
+            if not self.reading or (rules.joined and self.stats.target_forwards > forwards):
+                break
+            self._read_on()
+        self.stats.seconds["prefill"] += time.perf_counter() - start
+
     def _admit(self, new: list[SequenceState]) -> None:
-        """Give waiting sequences the free slots and read all of their prompts but the last token."""
-        first = len(self.active)
-        for slot, sequence in enumerate(new, start=first):
+        """Give sequences the next slots; where others join, the shortest prompts are read first."""
+        self.reading = sorted(new, key=lambda s: len(s.tokens)) if self.rules.joined else new
+        for slot, sequence in enumerate(self.reading, start=len(self.active)):
             sequence.slot, sequence.cached = slot, 0
             for watcher in self.watchers:
                 watcher.start(slot)
-        self.active.extend(new)
-        self.cache.reserve(len(self.active), max(len(s.tokens) for s in self.active))
-        start = time.perf_counter()
-        while new:
-            share = max(1, PREFILL_TOKENS // min(PREFILL_ROWS, max(len(s.tokens) for s in new)))
-            group, new = new[:share], new[share:]
-            while any(s.cached < len(s.tokens) - 1 for s in group):
-                self._prefill(group)
-        self.stats.seconds["prefill"] += time.perf_counter() - start
+        self._hold()
+        everyone = self.active + self.reading
+        self.cache.reserve(len(everyone), max(len(s.tokens) for s in everyone))
 
-    def _prefill(self, group: list[SequenceState]) -> None:
-        counts = [min(PREFILL_ROWS, len(s.tokens) - 1 - s.cached) for s in group]
+    def _hold(self) -> None:
+        """Steps of the active alone must leave the slots of the others as they are."""
+        count = len(self.active) + len(self.reading)
+        self.cache.hold(count)
+        for watcher in self.watchers:
+            watcher.hold(count)
+
+    def _read_on(self) -> None:
+        """One forward over prompts: of the first ones, as many as fit."""
+        few = self.rules.joined and bool(self.active)
+        rows, most = (PIECE_ROWS, PIECE_ROWS) if few else (PREFILL_ROWS, PREFILL_TOKENS)
+        group, longest = self.reading[:1], len(self.reading[0].tokens)
+        for sequence in self.reading[1:]:
+            longest = max(longest, len(sequence.tokens))
+            if (len(group) + 1) * min(rows, longest) > most:
+                break
+            group.append(sequence)
+        self._prefill(group, rows)
+
+    def _prefill(self, group: list[SequenceState], most: int = PREFILL_ROWS) -> None:
+        counts = [min(most, len(s.tokens) - 1 - s.cached) for s in group]
         R = max(counts)
         ids = [[*s.tokens[s.cached : s.cached + c], *[0] * (R - c)] for s, c in zip(group, counts, strict=True)]
         rows = self._forward(
@@ -342,21 +404,46 @@ class Run:
             watcher.observe(group, rows, [list(range(c)) for c in counts])
 
     def _leave(self) -> None:
-        """Finished sequences leave; the last active one moves into the hole, so that slots stay contiguous."""
-        for slot in range(len(self.active) - 1, -1, -1):
-            if not self.active[slot].done:
+        """Finished sequences leave; the last one moves into the hole, so that slots stay contiguous."""
+        before = len(self.active), len(self.reading)
+        self._without_done(self.active)
+        self._without_done(self.reading)
+        for sequence in [s for s in self.waiting if s.done]:
+            self.waiting.remove(sequence)
+            self._tell(sequence)
+        if (len(self.active), len(self.reading)) == before:
+            return
+        gap = self.reading[0].slot - len(self.active) if self.reading else 0
+        stay = max(len(self.reading) - gap, 0)
+        closing_up = self.reading[stay:] if gap else []
+        for slot, sequence in enumerate(closing_up, start=len(self.active)):
+            self._move(sequence, slot)
+        self.reading = closing_up + self.reading[: len(self.reading) - len(closing_up)]
+        self._hold()
+
+    def _without_done(self, group: list[SequenceState]) -> None:
+        for at in range(len(group) - 1, -1, -1):
+            if not group[at].done:
                 continue
-            if self.rules.leave is not None:
-                self.rules.leave(self.active[slot])
-            last = self.active.pop()
-            if last.slot != slot:
-                for watcher in self.watchers:
-                    watcher.move(last.slot, slot, last.cached)
-                self.cache.move(last.slot, slot, last.cached)
-                self.active[slot] = last
+            slot, last = group[at].slot, group[-1]
+            self._tell(group[at])
+            group[at] = last
+            group.pop()
+            freed = last.slot
+            if freed != slot:
+                self._move(last, slot)
             if last.broken:  # whoever comes to this slot must not find what it has left
-                self.cache.clear(last.slot)
-            last.slot = slot
+                self.cache.clear(freed)
+
+    def _tell(self, sequence: SequenceState) -> None:
+        if self.rules.leave is not None:
+            self.rules.leave(sequence)
+
+    def _move(self, sequence: SequenceState, slot: int) -> None:
+        for watcher in self.watchers:
+            watcher.move(sequence.slot, slot, sequence.cached)
+        self.cache.move(sequence.slot, slot, sequence.cached)
+        sequence.slot = slot
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)

@@ -11,7 +11,7 @@ asked about may say `rolls_back = True`: a deep copy of it goes on from where it
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,18 @@ class RowScores:
         self.rolls_back = any(map(_rolls_back, self.processors))
         self._asked: dict[tuple[int, ...], list] = {}  # the processors as they stood once asked behind this text
 
+    def parts(self, sequences: Sequence[SequenceState]) -> list[tuple[RowScores, Sequence[int]]]:
+        """Whose scores these sequences have: here all of them the same."""
+        return [(self, range(len(sequences)))]
+
+    @property
+    def kind(self) -> Any:
+        """Equal where the same scores come of the same logits, whatever the text."""
+        plain = [(type(p), *vars(p).items()) for p in self.processors] if self.prefix_free else []
+        if not self.prefix_free or not all(isinstance(value, int | float) for _, *own in plain for _, value in own):
+            return id(self)
+        return self.do_sample, tuple(plain)
+
     def warp(self, scores_NV: Tensor) -> Tensor:
         """Through those processors that look at scores alone."""
         for processor in self.processors:
@@ -143,6 +155,65 @@ class RowScores:
         before = self._asked[tuple(text[:-1])] if self._asked else self.processors
         now = self._asked[tuple(text)] = [copy.deepcopy(one) if _rolls_back(one) else one for one in before]
         return now
+
+
+class OwnScores(RowScores):
+    """Each sequence's own, by its index: those of one kind are made together, and each draws its own numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(None, False)
+        self._of: dict[int, tuple[Any, RowScores]] = {}
+
+    def give(self, sequence: SequenceState, scores: RowScores) -> None:
+        """What this sequence would have alone."""
+        self._of[sequence.index] = scores.kind, scores
+
+    def take(self, sequence: SequenceState) -> None:
+        """It has left."""
+        self._of.pop(sequence.index, None)
+
+    def parts(self, sequences: Sequence[SequenceState]) -> list[tuple[RowScores, Sequence[int]]]:
+        """See RowScores."""
+        rows: dict[Any, list[int]] = {}
+        for b, sequence in enumerate(sequences):
+            rows.setdefault(self._of[sequence.index][0], []).append(b)
+        found: list[tuple[RowScores, Sequence[int]]] = []
+        for few in rows.values():
+            scores = copy.copy(self._of[sequences[few[0]].index][1])
+            scores.dice = None if scores.dice is None else _EachDice(self._of)
+            found.append((scores, few))
+        return found
+
+
+class _EachDice(Dice):
+    """The dice of the text's own scores, for which it is the only text."""
+
+    def __init__(self, of: dict[int, tuple[Any, RowScores]]) -> None:
+        self._of = of
+
+    def __call__(self, text: int, place: int) -> float:
+        return self._of[text][1].dice(0, place)  # type: ignore[misc]
+
+
+class AnswerPenalties:
+    """OpenAI's: a bias of chosen tokens, penalties for what the answer has said and for how often it has."""
+
+    of_one_text = True
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float, bias: Mapping[int, float]) -> None:
+        self.prompt_length, self.presence, self.frequency = prompt_length, presence, frequency
+        self.biased, self.bias = list(bias), list(bias.values())
+
+    def __call__(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+        """As transformers calls it."""
+        scores_BV = scores_BV.clone()
+        if self.biased:
+            scores_BV[:, self.biased] += scores_BV.new_tensor(self.bias)
+        if self.presence or self.frequency:
+            answer_BT = ids_BT[:, self.prompt_length :]
+            count_BV = torch.zeros_like(scores_BV).scatter_add_(1, answer_BT, torch.ones_like(answer_BT).to(scores_BV))
+            scores_BV -= self.frequency * count_BV + self.presence * (count_BV > 0)
+        return scores_BV
 
 
 def _of_row(processor: Any, sequence: SequenceState) -> Any:

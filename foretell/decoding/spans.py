@@ -32,7 +32,8 @@ CONFIDENCE = 0.9  # of ConfAdapt where none is given: what the paper's speeds ar
 class SpanDecoder(Decoder):
     """A Decoder whose rounds commit spans."""
 
-    def _start(self, sequences: Sequence[SequenceState], rules: Rules) -> Run:
+    def start(self, sequences: Sequence[SequenceState], rules: Rules) -> Run:
+        """See Decoder."""
         return SpanRun(self, sequences, rules)
 
 
@@ -123,13 +124,20 @@ class SpanRun(Run):
 
     def _choose(self, logits_NM: Tensor, texts: Iterable[SequenceState], ids_M: Tensor | None = None) -> list[int]:
         """The token after each text, from its processed scores: the best, or a drawn one."""
-        processed = self.rules.scores
+        texts = list(texts)
+        parts = self.rules.scores.parts(texts)
+        if len(parts) > 1:
+            found: dict[int, int] = {}
+            for _, few in parts:
+                found.update(zip(few, self._choose(logits_NM[few], [texts[b] for b in few], ids_M), strict=True))
+            return [found[b] for b in range(len(texts))]
+        processed = parts[0][0]
         if processed.plain:
             best_N = logits_NM.argmax(-1)
             return (best_N if ids_M is None else ids_M[best_N]).tolist()
         logits_NV = over_vocabulary(logits_NM, ids_M, self.target.vocab_size)  # processors speak of all tokens
         none = [Draft() for _ in logits_NV]
-        scores_NV = processed.rows(list(texts), none, logits_NV[:, None])[:, 0]
+        scores_NV = processed.rows(texts, none, logits_NV[:, None])[:, 0]
         if not processed.do_sample:
             return scores_NV.argmax(-1).tolist()
         return draw(to_probs(scores_NV), self.rules.generator).tolist()

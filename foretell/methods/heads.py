@@ -212,6 +212,11 @@ class HeadsDrafter(OwnDrafter):
         for cache in self._caches:
             cache.clear(slot)
 
+    def hold(self, slots: int) -> None:
+        """See Watcher."""
+        for storage in (self._states, *self._caches):
+            storage.hold(slots)
+
     def observe(self, sequences: Sequence[SequenceState], rows: TargetRows, kept: list[list[int]]) -> None:
         """See Watcher."""
         hidden_BRD = self.module.source(rows)

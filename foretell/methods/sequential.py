@@ -300,6 +300,11 @@ class SequentialDrafter(ChainDrafter):
         for numbers in (self._told, self._base, *self._done):
             numbers[slot] = 0
 
+    def hold(self, slots: int) -> None:
+        """See Watcher."""
+        self._cache.hold(slots)
+        self._states.hold(slots)
+
     def move(self, source: int, target: int, length: int) -> None:
         """See Watcher."""
         self._cache.move(source, target, length)

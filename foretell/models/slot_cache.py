@@ -55,15 +55,20 @@ class SlotStorage:
         self.layout = 0  # another number whenever rows have moved: who has recorded addresses records anew
         self._storage: dict[Hashable, list[Tensor]] = {}
         self._used = 0  # columns that may hold something
+        self._taken = 0  # slots that do, whoever is reserved for
         self._unchecked: set[Hashable] = set()  # parts of an earlier run
 
     def open(self) -> None:
         """A new run: nothing that is held is needed any more; its memory is."""
-        self._used, self._unchecked = 0, set(self._storage)
+        self._used, self._taken, self._unchecked = 0, 0, set(self._storage)
+
+    def hold(self, slots: int) -> None:
+        """So many first slots are not given up."""
+        self._taken = slots
 
     def reserve(self, slots: int, columns: int) -> None:
         """Room for so many columns in these first slots; what they hold stays, other slots may be given up."""
-        columns = min(columns, self.width)
+        slots, columns = max(slots, self._taken), min(columns, self.width)
         before, self._used = self._used, max(self._used, columns)
         if slots <= self.slots and columns <= self.capacity:
             return
@@ -293,7 +298,8 @@ class SlotCache(SlotRows, Cache):
         self.windows: dict[int, int] = {}
         self.rings: dict[int, Ring] = {}  # by window
 
-    reserve, begin, keep = _with_rings(SlotRows.reserve), _with_rings(SlotRows.begin), _with_rings(SlotRows.keep)
+    hold, reserve = _with_rings(SlotRows.hold), _with_rings(SlotRows.reserve)
+    begin, keep = _with_rings(SlotRows.begin), _with_rings(SlotRows.keep)
     clear, move = _with_rings(SlotRows.clear), _with_rings(SlotRows.move)
 
     @property

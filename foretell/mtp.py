@@ -17,6 +17,7 @@ from foretell.data.collate import to_batch
 from foretell.decoding.adaptive import COUNTED, COUNTED_STEP, AdaptiveLength, CostCurve, FixedLength
 from foretell.decoding.arguments import Plan
 from foretell.decoding.generate import MTPGenerate, MTPGenerateOutput
+from foretell.decoding.lookup import History
 from foretell.decoding.policies import SPANS
 from foretell.decoding.spans import SpanLength
 from foretell.decoding.workspaces import Workspace, Workspaces
@@ -224,6 +225,11 @@ class MTPModel(Learning):
         """
         self._workspaces.release()
         self.target.release()
+
+    @property
+    def history(self) -> History:
+        """The answers that calls with history=... remember."""
+        return self._workspaces.history
 
     def cost_curve(self) -> CostCurve:
         """Seconds of one target forward against its rows, measured on first use."""

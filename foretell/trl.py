@@ -1,5 +1,6 @@
 """Drop-in for TRL users: `from foretell.trl import SFTConfig, SFTTrainer` instead of `from trl import ...`."""
 
+from foretell.training.grpo import GRPOConfig, GRPOTrainer
 from foretell.training.sft import DataCollatorForMTPLanguageModeling, SFTConfig, SFTTrainer
 
-__all__ = ["DataCollatorForMTPLanguageModeling", "SFTConfig", "SFTTrainer"]
+__all__ = ["DataCollatorForMTPLanguageModeling", "GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]

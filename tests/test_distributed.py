@@ -257,7 +257,7 @@ def evaluation(logs: list[dict[str, float]]) -> dict[str, float]:
 def test_two_processes_equal_one(way, plan, two, one):
     about = json.loads((two / f"{way}-{plan}" / "about.json").read_text())
     assert about["processes"] == PROCESSES
-    name = "FSDPSFTModel" if plan in SFT_PLANS else "FSDPMTPModel"
+    name = "FSDPTRLModel" if plan in SFT_PLANS else "FSDPMTPModel"
     assert about["model"] == ("DistributedDataParallel" if way == "ddp" else name)
     wanted, found = steps(one[plan].state.log_history), steps(about["logs"])
     assert len(found) == len(wanted) == 4

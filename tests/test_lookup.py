@@ -174,11 +174,34 @@ def test_own_text_comes_before_the_history():
     history = History()
     history.add([1, 2, 3, 7, 7], 50)
     lookup = PromptLookup(history=history)
-    lookup.open(1, 20)
-    lookup.start(0)
     for text, wanted in (([1, 2, 3, 4, 1, 2, 3], 4), ([9, 1, 2, 3], 7), ([5, 2, 3, 6, 0, 2, 3], 6), ([8, 2, 3], 7)):
+        lookup.open(1, 20)
         lookup.start(0)
         assert lookup.draft([SequenceState(text, len(text), 0, slot=0)], [1])[0].tokens == [wanted]
+
+
+def test_texts_beside_it_come_before_the_history_and_only_with_one():
+    """Of those that still run also what they have just said; of those that have ended what they said to the end."""
+    history = History()
+    history.add([1, 2, 3, 7, 7], 50)
+    for given, wanted in ((history, [5, 6]), (None, [])):
+        lookup = PromptLookup(history=given)
+        lookup.open(2, 20)
+        first, second = (SequenceState(text, 3, b, slot=b) for b, text in enumerate(([9, 1, 2, 3], [8, 8, 8])))
+        for slot in (0, 1):
+            lookup.start(slot)
+        lookup.draft([first, second], [1, 1])
+        first.tokens += [5, 6]
+        second.tokens += [1, 2, 3]
+        assert lookup.draft([first, second], [2, 2])[1].tokens == wanted
+        lookup.move(1, 0, 5)
+        second.slot = 0
+        second.tokens += [0, 2, 3]
+        assert lookup.draft([second], [1])[0].tokens == [0], "its own text first"
+        lookup.open(1, 20)
+        lookup.start(0)
+        again = SequenceState([4, 1, 2, 3], 4, 0, slot=0)
+        assert lookup.draft([again], [2])[0].tokens == ([] if given is None else [7, 7]), "the next run begins anew"
 
 
 def answers(mtp: Any, **settings: Any) -> Any:

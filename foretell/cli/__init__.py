@@ -15,6 +15,7 @@ VERBS = {
     "train": ("foretell.cli.train:main", "train an MTP module for a target model"),
     "prompts": ("foretell.cli.prompts:main", "any source of prompts to one clean file"),
     "sft": ("foretell.cli.sft:main", "TRL's `trl sft`, with multi-token prediction (--mtp_enabled)"),
+    "grpo": ("foretell.cli.grpo:main", "TRL's `trl grpo`, with drafts in its rollouts and a module that learns"),
     "regenerate": ("foretell.cli.regenerate:main", "let a model answer prompts: data to train on"),
     "cache": ("foretell.cli.cache:main", "encoded rows that are kept: list, verify, remove"),
     "generate": ("foretell.cli.generate:main", "decode with an MTP module, losslessly"),

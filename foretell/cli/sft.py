@@ -9,21 +9,28 @@ from typing import Any
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
-    try:
-        from trl import (
-            DatasetMixtureConfig,
-            ModelConfig,
-            ScriptArguments,
-            TrlParser,
-            get_dataset,
-            get_peft_config,
-            get_quantization_config,
-        )
-    except ImportError as error:
-        raise ValueError(f"foretell sft needs TRL ({error}): pip install 'foretell[trl]'.") from error
+    ask_for_trl("foretell sft")
+    from trl import ScriptArguments
+
     from foretell.training.sft import SFTConfig, SFTTrainer
 
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog="foretell sft")
+    script, args, about = parsed("foretell sft", argv, ScriptArguments, SFTConfig)
+    return run(SFTTrainer(args=args, **about), script)
+
+
+def ask_for_trl(verb: str) -> None:
+    """ValueError where it is not installed."""
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{verb} needs TRL ({error}): pip install 'foretell[trl]'.") from error
+
+
+def parsed(verb: str, argv: Sequence[str], scripts: type, config: type) -> tuple[Any, Any, dict[str, Any]]:
+    """(the script's arguments, the trainer's, what else the trainer is made of): TRL's flags and YAML files."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+
+    parser = TrlParser((scripts, config, ModelConfig, DatasetMixtureConfig), prog=verb)
     script, args, model, mixture = parser.parse_args_and_config(args=list(argv), fail_with_unknown_args=True)
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -35,14 +42,22 @@ def main(argv: Sequence[str]) -> int:
     if not mixture.datasets and not script.dataset_name:
         raise ValueError("dataset_name: got none, wanted a datasets name, a folder, or a JSONL or parquet file.")
     dataset = get_dataset(mixture) if mixture.datasets else _load(script)
-    trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=args,
-        train_dataset=dataset[script.dataset_train_split],
-        eval_dataset=dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+    return (
+        script,
+        args,
+        {
+            "model": model.model_name_or_path,
+            "train_dataset": dataset[script.dataset_train_split],
+            "eval_dataset": dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
+            "quantization_config": get_quantization_config(model),
+            "peft_config": get_peft_config(model),
+        },
     )
+
+
+def run(trainer: Any, script: Any) -> int:
+    """Train, save, and push where that was asked for."""
+    args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"saved in {args.output_dir}")

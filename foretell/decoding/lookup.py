@@ -1,7 +1,7 @@
 """Prompt lookup: drafts copied from where the last few tokens stood before. No training, no cost but the rows.
 
 Saxena 2023, "Prompt Lookup Decoding"; transformers has it as prompt_lookup_num_tokens. With a History it also looks at
-what earlier answers said.
+what the texts beside it say and what earlier answers said.
 """
 
 from __future__ import annotations
@@ -46,10 +46,22 @@ class History:
                     if gram in self.index and self.index[gram][0] is oldest:
                         del self.index[gram]
 
+    def texts(self) -> list[list[int]]:
+        """What is remembered, oldest first: `add` in this order remembers the same."""
+        with self._lock:
+            return [list(text) for text in self._texts]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self.index.clear()
+            self._texts.clear()
+            self._kept = 0
+
 
 class PromptLookup(Drafter):
-    """Longest n-gram first, most recent place first, in the text itself, then in the history. An index per slot grows
-    with the text: no rescan.
+    """Longest n-gram first, most recent place first: in the text itself, and with a history in the texts that this run
+    has had beside it, then in those of earlier ones. Indexes grow with the texts: no rescan.
     """
 
     name = "lookup"
@@ -58,12 +70,13 @@ class PromptLookup(Drafter):
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"got min_ngram={min_ngram}, max_ngram={max_ngram}; wanted 1 <= min_ngram <= max_ngram.")
         self.max_ngram, self.min_ngram = max_ngram, min_ngram
-        self._earlier = Index() if history is None else history.index
+        self._history = history
 
     def open(self, slots: int, capacity: int) -> None:
         """See Watcher."""
         self._index: list[dict[tuple[int, ...], int]] = [{} for _ in range(slots)]
         self._read = [0] * slots
+        self._beside = Index()
 
     def start(self, slot: int) -> None:
         """See Watcher."""
@@ -71,24 +84,39 @@ class PromptLookup(Drafter):
 
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """See Drafter."""
+        if self._history is not None and any(lengths):
+            for sequence in sequences:
+                self._follow(sequence)
         return [self._find(s, length) for s, length in zip(sequences, lengths, strict=True)]
+
+    def _follow(self, sequence: SequenceState) -> None:
+        tokens, slot = sequence.tokens, sequence.slot
+        for gram, end in _ngrams(tokens, self._read[slot], self.min_ngram, self.max_ngram):
+            self._index[slot][gram] = end
+            if self._history is not None:
+                self._beside[gram] = tokens, end
+        self._read[slot] = len(tokens)
 
     def _find(self, sequence: SequenceState, length: int) -> Draft:
         draft = Draft()
         if length == 0:
             return draft
+        self._follow(sequence)
         tokens, index = sequence.tokens, self._index[sequence.slot]
-        index.update(_ngrams(tokens, self._read[sequence.slot], self.min_ngram, self.max_ngram))
-        self._read[sequence.slot] = len(tokens)
         for n in range(min(self.max_ngram, len(tokens)), self.min_ngram - 1, -1):
             gram = tuple(tokens[-n:])
-            text, place = (tokens, index[gram]) if gram in index else self._earlier.get(gram, (tokens, 0))
+            text, place = (tokens, index[gram]) if gram in index else self._elsewhere(gram)
             for token in text[place : place + length] if place else ():
                 # the confidence is a start: the adaptive policy learns the real rate
                 draft.add(token, len(draft) - 1, 0.5 + 0.1 * n, self.name)
             if place:
                 break
         return draft
+
+    def _elsewhere(self, gram: tuple[int, ...]) -> tuple[list[int], int]:
+        if self._history is None:
+            return [], 0
+        return self._beside.get(gram) or self._history.index.get(gram, ([], 0))
 
     def move(self, source: int, target: int, length: int) -> None:
         """See Watcher."""

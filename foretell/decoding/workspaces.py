@@ -58,7 +58,7 @@ class Workspaces:
         self._free: list[Workspace] = []
         self._leased: set[int] = set()
         self._packed: dict[str, tuple[Any, ModuleDrafter]] = {}
-        self._history = History()
+        self.history = History()
 
     def __reduce__(self) -> Any:
         return Workspaces, ()  # copies share no state
@@ -69,7 +69,7 @@ class Workspaces:
         with self.lock:
             space = self._free.pop() if self._free else Workspace()
             self._leased.add(id(space))
-            space.history = self._history
+            space.history = self.history
         try:
             yield space
         except BaseException:
@@ -92,4 +92,4 @@ class Workspaces:
     def release(self) -> None:
         """Keep nothing; what is leased now is not kept when it comes back."""
         with self.lock:
-            self._free, self._leased, self._packed, self._history = [], set(), {}, History()
+            self._free, self._leased, self._packed, self.history = [], set(), {}, History()

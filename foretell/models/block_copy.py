@@ -47,8 +47,9 @@ def _copied(layer: nn.Module, target: Target) -> nn.Module:
     own._attn_implementation_internal = NAME
     block = copy.deepcopy(layer, {id(target.config): own})
     unpacked: tuple[str, ...] = ()
-    for path, part in list(block.named_modules()):  # a quantized linear can learn nothing: its copy is an ordinary one
-        packed = any(not p.dtype.is_floating_point for p in part.parameters())
+    # a quantized linear can learn nothing, and an adapter is the target's own: their copies are ordinary linears
+    for path, part in list(block.named_modules()):
+        packed = any(not p.dtype.is_floating_point for p in part.parameters()) or hasattr(part, "base_layer")
         if packed and hasattr(part, "in_features") and not path.startswith(unpacked):
             unpacked += (f"{path}.",)
             with torch.no_grad():

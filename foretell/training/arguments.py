@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision
+from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision, load_preset
 
 
 @dataclass
@@ -66,6 +66,14 @@ class MTPArguments:
         default=16, metadata={"help": "Prompts decoded at each evaluation to measure tau; 0: none."}
     )
     eval_new_tokens: int = field(default=64, metadata={"help": "New tokens of each of them."})
+
+    def take_preset(self, preset: str | None) -> None:
+        """A preset's training values stand for fields that were left at their defaults."""
+        fields = type(self).__dataclass_fields__
+        given = {} if preset is None else load_preset(preset)["training"]
+        for name, value in given.items():
+            if name.startswith("mtp_") and name in fields and getattr(self, name) == fields[name].default:
+                setattr(self, name, value)
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, in plain sentences."""

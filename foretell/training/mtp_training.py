@@ -188,6 +188,13 @@ class MTPTraining(Trainer, ABC):
         ids = mtp.module.draft_vocab_ids if given else None
         return count_labels(to_batch(inputs), mtp.mtp_config.depth, ids, mtp.target.vocab_size, self._anchored())
 
+    def _divisors(self, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, bool]:
+        """(the counts [1 + K] that a micro-batch's sums are divided by, whether they are of all ranks)."""
+        if num_items_in_batch is None:
+            return self._count(inputs), False
+        assert self._counts_K1 is not None
+        return self._counts_K1, self.args.average_tokens_across_devices
+
     def _anchored(self) -> bool:
         assert self.mtp is not None
         args: Any = self.args
@@ -199,6 +206,7 @@ class MTPTraining(Trainer, ABC):
     ) -> dict[str, Any]:
         """What MTPModel.forward returns, by whatever way the trainer comes to its next-token loss; `outputs` of the
         user's model where they are asked for. ranks: what a loss is multiplied by that is divided by counts of all.
+        "own" among them is a loss that is whole already: it is added as it is, so that its gradients are its own.
         """
 
     def _forward_arguments(self, counts_K1: Tensor) -> dict[str, Any]:
@@ -234,21 +242,21 @@ class MTPTraining(Trainer, ABC):
         args: Any = self.args
         if self.mtp is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        training, of_a_step = self.mtp.training, num_items_in_batch is not None
+        training = self.mtp.training
         if training and args.trains_target:
             _unpack(self.mtp.model)
-        counts_K1 = self._counts_K1 if of_a_step else self._count(inputs)
-        assert counts_K1 is not None
-        shared = of_a_step and args.average_tokens_across_devices
+        counts_K1, shared = self._divisors(inputs, num_items_in_batch)
         ranks = self.accelerator.num_processes // self.get_tp_size() if shared else 1  # ranks are averaged
         losses = self._losses(model, inputs, counts_K1, num_items_in_batch, return_outputs, ranks)
         scale = 0.0 if args.mtp_training_mode == "disabled" else args.mtp_scale
         loss, parts = objective(losses, counts_K1, scale=scale, **self._weighing())
+        loss = loss * ranks
+        if losses.get("own") is not None:
+            loss = loss + losses["own"]
         if training and not bool(loss.isfinite()):
             loss = self._not_finite(loss)
-        parts["train"] = loss.detach()
+        parts["train"] = loss.detach() / ranks
         self._note(parts, losses["mtp"], training, weight=1.0 if shared else 1.0 / self.args.world_size)
-        loss = loss * ranks
         return (loss, losses["outputs"]) if return_outputs else loss
 
     def _not_finite(self, loss: Tensor) -> Tensor:
@@ -440,7 +448,7 @@ def problems_with(mtp: MTPModel, args: Any, loss_function: Any) -> list[str]:
 def _target_problems(mtp: MTPModel) -> list[str]:
     learning = {name: p for name, p in mtp.model.named_parameters() if p.requires_grad}
     if not learning:
-        return ["no parameter of the model asks for a gradient: unfreeze some, or mtp_training_mode='standalone'"]
+        return ["no parameter of the model asks for a gradient: unfreeze some (SFT: or mtp_training_mode='standalone')"]
     if not hasattr(mtp.model, "peft_config"):
         return []
     if not hasattr(mtp.model, "get_base_model"):

@@ -4,7 +4,7 @@ The interface is that of the documentation page of TRL's proposed MTP (huggingfa
 there is right here: the module exists before the optimizer, depth k predicts token t + 1 + k, no head sees the future
 or another document, one division by global counts, and checkpoints hold the module. docs/sft.md is the page.
 
-One training step: MTPTraining.compute_loss -> TRL's compute_loss -> SFTModel.forward (TRL's own forward, the module's
+One training step: MTPTraining.compute_loss -> TRL's compute_loss -> TRLModel.forward (TRL's own forward, the module's
 losses over the states that passed by).
 """
 
@@ -13,25 +13,20 @@ losses over the states that passed by).
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import trl
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from foretell.data.collate import to_batch
 from foretell.methods.base import METHODS, REREADS, GradientMode, MTPConfig, load_preset
-from foretell.methods.learning import in_eval_mode
 from foretell.models.mtp_heads import HeadType, InitStrategy
-from foretell.models.target import TargetRows
-from foretell.mtp import MTPModel
 from foretell.ops.shift import labels_of
 from foretell.training.arguments import MTPArguments
-from foretell.training.mtp_training import MTPTraining, problems_with
+from foretell.training.mtp_training import MTPTraining
+from foretell.training.trl_training import TRLModel, TRLTraining
 from foretell.types import LossSum
 
 ALIASES = {"mtp_loss_weight": "mtp_loss_scaling_factor", "mtp_weight_decay_strategy": "mtp_depth_weights"}
@@ -77,7 +72,9 @@ class SFTConfig(MTPArguments, trl.SFTConfig):
         found = self._take_aliases()
         if not self.mtp_enabled:
             return
-        self._take_preset()
+        self.take_preset(self.mtp_preset)
+        for alias, name in ALIASES.items():
+            setattr(self, alias, getattr(self, name))
         found += self.problems()
         try:
             self.mtp_config()
@@ -96,17 +93,6 @@ class SFTConfig(MTPArguments, trl.SFTConfig):
             setattr(self, name, value if given is None else given)
             setattr(self, alias, getattr(self, name))
         return found
-
-    def _take_preset(self) -> None:
-        """The preset's training values stand for fields that were left at their defaults."""
-        if self.mtp_preset is None:
-            return
-        fields = type(self).__dataclass_fields__
-        for name, value in load_preset(self.mtp_preset)["training"].items():
-            if name.startswith("mtp_") and name in fields and getattr(self, name) == fields[name].default:
-                setattr(self, name, value)
-        for alias, name in ALIASES.items():
-            setattr(self, alias, getattr(self, name))
 
     def problems(self) -> list[str]:
         """See MTPArguments."""
@@ -160,38 +146,7 @@ class DataCollatorForMTPLanguageModeling(DataCollatorForLanguageModeling):
         return {**out, "mtp_labels": labels_of(to_batch(out), self.num_predictions)}
 
 
-class SFTModel(MTPModel):
-    """The model as TRL calls it, with the module's losses over the states that pass by."""
-
-    asked: dict[str, Any] | None = None  # of the next forward: arguments of `losses_of`, taken by it
-    losses: dict[str, Any] | None = None  # of the last forward that was asked for some
-
-    def forward(self, mtp_labels: Tensor | None = None, **inputs: Any) -> ModelOutput:  # type: ignore[override]
-        """TRL's outputs of the target; the module's losses are left in `losses`, and in the outputs as tensors, where
-        DDP and FSDP look for what will be differentiated.
-        """
-        asked, self.asked = self.asked, None
-        if asked is None:
-            return self.model(**inputs)
-        learns = asked["train_target"]
-        with nullcontext() if learns else torch.no_grad(), nullcontext() if learns else in_eval_mode(self.model):
-            with self.target.passing_by() as states:
-                out = self.model(**inputs)
-        batch = asked.pop("batch")
-        rows = TargetRows(states["post"], states["pre"], states.get("layers"))
-        if self.module.lays_masks:
-            # masks that teach the target stand in its own forward
-            joint = asked["mtp_training_mode"] == "joint"
-            rows = self.module.read(self.target, batch, learns=True, joint=True) if joint else rows
-        self.losses = self.losses_of(batch, rows, **asked)
-        learned = [*self.losses["mtp"], *([self.losses["stay"]] if self.losses["stay"] is not None else [])]
-        out["mtp_totals"] = torch.stack([loss.total for loss in learned])
-        for loss, total in zip(learned, out["mtp_totals"].unbind(), strict=True):
-            loss.total = total
-        return out
-
-
-class SFTTrainer(MTPTraining, trl.SFTTrainer):
+class SFTTrainer(TRLTraining, trl.SFTTrainer):
     """TRL's SFTTrainer; with SFTConfig(mtp_enabled=True) it trains an MTP module beside the model.
 
     Checkpoints hold mtp_config.json and mtp_model.safetensors beside what TRL writes (nothing but them and the
@@ -199,65 +154,30 @@ class SFTTrainer(MTPTraining, trl.SFTTrainer):
     `trainer.mtp` is the MTPModel.
     """
 
-    mtp: SFTModel | None = None
-
     def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any) -> None:
         enabled = isinstance(args, SFTConfig) and args.mtp_enabled
         if enabled:
-            given = inspect.signature(trl.SFTTrainer.__init__).bind(self, model, args, *more, **kwargs)
-            self._refuse(args, given.arguments)
+            given = inspect.signature(trl.SFTTrainer.__init__).bind(self, model, args, *more, **kwargs).arguments
+            found = self._refuse(given)
+            adapted = given.get("peft_config") is not None or hasattr(given["model"], "disable_adapter")
+            if args.mtp_target_loss == "untouched" and not adapted:
+                found.append("mtp_target_loss: 'untouched' is the model with its adapter off, so give a peft_config")
+            if found:
+                raise ValueError("; ".join(found))
         super().__init__(model, args, *more, **kwargs)
         if enabled:
-            self._add_module(args)
-
-    @staticmethod
-    def _refuse(args: SFTConfig, given: dict[str, Any]) -> None:
-        """What can be said before anything is loaded."""
-        found = []
-        if isinstance(given["model"], MTPModel):
-            found.append("model: got an MTPModel, wanted its .model: mtp_enabled makes the module that it trains")
-        if (given.get("optimizers") or (None, None))[0] is not None:
-            found.append("optimizers: got one, which cannot hold the module's parameters: they do not exist yet")
-        adapted = given.get("peft_config") is not None or hasattr(given["model"], "disable_adapter")
-        if args.mtp_target_loss == "untouched" and not adapted:
-            found.append("mtp_target_loss: 'untouched' is the model with its adapter off, so give a peft_config")
-        if found:
-            raise ValueError("; ".join(found))
-
-    def _add_module(self, args: SFTConfig) -> None:
-        model: Any = getattr(self, "model")  # noqa: B009 (TRL gives it no type)
-        if self._is_vlm:
-            raise ValueError(f"{type(model).__name__}: wanted a text model; MTP modules read text only.")
-        mtp = SFTModel(model, args.mtp_config())
-        if mtp.module.text_learns(joint=False):
-            raise ValueError(
-                "lora_gate: plain adapters change the model itself. Give TRL's peft_config, or train with MTPTrainer."
-            )
-        if mtp.module.anchored(args.mtp_supervision, args.mtp_training_mode == "joint"):
-            raise ValueError(
-                f"mtp_supervision: {args.mtp_supervision} with joint masks is MTPTrainer's (foretell train)."
-            )
-        if mtp.module.lays_masks:  # TRL's default is on; with mask tokens chunk_size bounds memory
-            self.args.gradient_checkpointing = self.args.activation_checkpointing = False
-        if problems := problems_with(mtp, args, self.compute_loss_func):
-            raise ValueError("; ".join(problems))
-        self._learn_with(mtp)
-        own, all_ = (sum(p.numel() for p in part.parameters()) for part in (mtp.module, mtp.model))
-        self.accelerator.print(f"MTP module: {own:,} parameters beside the model's {all_:,} ({own / all_:.1%}).")
-        self.model = self.model_wrapped = mtp
+            made: Any = getattr(self, "model")  # noqa: B009 (TRL gives it no type)
+            if self._is_vlm:
+                raise ValueError(f"{type(made).__name__}: wanted a text model; MTP modules read text only.")
+            self._put_beside(TRLModel(made, args.mtp_config()))
 
     def _losses(
         self, model: nn.Module, inputs: dict[str, Any], counts_K1: Tensor, num_items: Any, outputs: bool, ranks: int
     ) -> dict[str, Any]:
-        """TRL's next-token loss, as value only where the model does not learn it, and the module's losses, which the
-        first forward that TRL makes of this batch leaves.
-        """
-        mtp = self.mtp
-        assert mtp is not None
-        mtp.asked = {"batch": to_batch(inputs), **self._forward_arguments(counts_K1)}
-        out = super(MTPTraining, self).compute_loss(model, inputs, outputs, num_items)
+        """TRL's next-token loss, as value only where the model does not learn it, and the module's losses."""
+        plain = super(MTPTraining, self).compute_loss
+        out, losses = self._asked(to_batch(inputs), counts_K1, lambda: plain(model, inputs, outputs, num_items))
         ntp, made = out if outputs else (out, None)
-        losses, count = mtp.losses, counts_K1[0].clamp(min=1)
-        assert losses is not None
+        count = counts_K1[0].clamp(min=1)
         ntp = ntp if self.args.trains_target else ntp.detach()
         return {**losses, "ntp": LossSum(ntp * count / ranks, count, count), "outputs": made}

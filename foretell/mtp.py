@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretell.checkpoint import check_target, load_tensors, read_config, save_module
+from foretell.checkpoint import check_target, load_tensors, read_config, save_module, shipped
 from foretell.data.collate import to_batch
 from foretell.decoding.adaptive import COUNTED, COUNTED_STEP, AdaptiveLength, CostCurve, FixedLength
 from foretell.decoding.arguments import Plan
@@ -270,6 +270,16 @@ def _target_of(model: nn.Module) -> Target:
     if isinstance(model, MTPModel):
         raise ValueError("model: got an MTPModel, which has its module; wanted the target alone: give its .model.")
     return Target(model)
+
+
+def load_with_module(model: nn.Module, folder: str | Path | None) -> tuple[MTPModel, bool]:
+    """(MTPModel, whether it has a trained module): of the folder, else the one that ships for this model, else none,
+    for drafting by lookup.
+    """
+    found = folder or shipped(model)
+    if found is None:
+        return get_mtp_model(model, {"method": "sequential", "depth": 1}), False
+    return MTPModel.from_pretrained(model, found), True
 
 
 def custom_generate(mtp: MTPModel, **settings: Any) -> Callable[..., Tensor | MTPGenerateOutput]:

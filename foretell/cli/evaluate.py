@@ -11,14 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretell.cli.loading import WorkloadSettings, load_target, load_with_module
+from foretell.cli.loading import KEPT, WorkloadSettings, about_run, load_target, load_with_module
 from foretell.config import parse
-from foretell.runtime import provenance, write_json_atomic
+from foretell.runtime import write_json_atomic
 
 if TYPE_CHECKING:
     from foretell.evaluation.measure import Kept, Measured, Way
-
-KEPT = ".rounds.jsonl"  # beside the output, until it is written
 
 
 @dataclass(kw_only=True)
@@ -55,6 +53,16 @@ class MeasureSettings(WorkloadSettings):
 class EvaluateSettings(MeasureSettings):
     """Flags of `foretell evaluate`."""
 
+    prompts: list[str] | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "As foretell verify's; speed and acceptance."}
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "lm-evaluation-harness's tasks, by name or YAML file, instead: scores."}
+    )
+    policies: list[str] = field(
+        default_factory=lambda: ["lossless"],
+        metadata={"help": "Of the tasks: lossless, typical, static_k:K, confadapt:THRESHOLD, each scored."},
+    )
     num_draft_tokens: str = field(default="auto", metadata={"help": "Drafts a verification, or auto."})
     batch_size: int = field(default=1, metadata={"help": "Prompts that are decoded at once."})
     transformers: bool = field(default=True, metadata={"help": "Measure transformers' own generate too."})
@@ -62,8 +70,18 @@ class EvaluateSettings(MeasureSettings):
     def problems(self) -> list[str]:
         """See config.check."""
         wrong = self.num_draft_tokens != "auto" and not (self.num_draft_tokens.isdigit() and int(self.num_draft_tokens))
-        mine = [f"num_draft_tokens: got {self.num_draft_tokens!r}, wanted a number from 1 on, or auto."]
-        return super().problems() + (mine if wrong else [])
+        mine = (
+            [f"num_draft_tokens: got {self.num_draft_tokens!r}, wanted a number from 1 on, or auto."] if wrong else []
+        )
+        if bool(self.prompts) == bool(self.tasks):
+            mine.append(f"prompts, tasks: got {'both' if self.tasks else 'neither'}, wanted one of them.")
+        if not self.tasks and self.policies != ["lossless"]:
+            mine.append(f"policies: got {self.policies} without tasks, which alone are scored by them.")
+        elif self.tasks and self.temperature:
+            mine.append("temperature: got one beside tasks, which say themselves how they are answered.")
+        if self.tasks and (not self.policies or len(set(self.policies)) < len(self.policies)):
+            mine.append(f"policies: got {self.policies}, wanted at least one, each once.")
+        return super().problems() + mine
 
 
 @dataclass(kw_only=True)
@@ -135,28 +153,16 @@ class Session:
         return found, kept
 
     def start(self, verb: str, argv: Sequence[str]) -> dict[str, Any]:
-        found = provenance(["foretell", verb, *argv])
-        return {
-            "model": Path(self.settings.model).name,  # whose weights identity tells, wherever they lie
-            "module": self.settings.module and Path(self.settings.module).name,
-            "dtype": str(self.mtp.target.dtype).removeprefix("torch."),
-            "drafter": self.drafter,
-            "provenance": {
-                "time": found.get("time_utc"),
-                "command": " ".join(found["command"]),
-                "versions": found["versions"],
-                "cpu": found["hardware"]["cpu"],
-                "cores": found["hardware"]["cores"],
-                "commit": found.get("commit"),
-                "uncommitted_changes": found.get("uncommitted_changes"),
-            },
-            "identity": self.identity,
-        }
+        return about_run(self.settings, self.mtp, verb, argv) | {"drafter": self.drafter, "identity": self.identity}
 
 
 def main(argv: Sequence[str]) -> int:
     """foretell evaluate; 0, or 1 where a greedy token differed."""
     settings = parse(EvaluateSettings, argv, prog="foretell evaluate")
+    if settings.tasks:
+        from foretell.cli import tasks
+
+        return tasks.main(settings, argv)
     from foretell.evaluation import evaluate as numbers
     from foretell.evaluation.measure import stats_of, transformers_way
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foretell.runtime import provenance
+
+KEPT = ".rounds.jsonl"  # of evaluate and sweep, beside the output, until it is written
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -72,17 +76,29 @@ def load_target(path: str, dtype: str = "auto", from_scratch: bool = False) -> t
 
 
 def load_with_module(model: Any, folder: str | None) -> tuple[Any, bool]:
-    """(MTPModel, whether it has a trained module): of the folder, else the one that ships for this model, else none,
-    for drafting by lookup.
-    """
-    from foretell.checkpoint import shipped
-    from foretell.methods.sequential import SequentialConfig
-    from foretell.mtp import MTPModel, get_mtp_model
+    """See foretell/mtp.py."""
+    from foretell import mtp
 
-    found = folder or shipped(model)
-    if found is None:
-        return get_mtp_model(model, SequentialConfig(depth=1)), False
-    return MTPModel.from_pretrained(model, found), True
+    return mtp.load_with_module(model, folder)
+
+
+def about_run(settings: ModelSettings, mtp: Any, verb: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What was run, where."""
+    found = provenance(["foretell", verb, *argv])
+    return {
+        "model": Path(settings.model).name,  # whose weights identity tells, wherever they lie
+        "module": settings.module and Path(settings.module).name,
+        "dtype": str(mtp.target.dtype).removeprefix("torch."),
+        "provenance": {
+            "time": found.get("time_utc"),
+            "command": " ".join(found["command"]),
+            "versions": found["versions"],
+            "cpu": found["hardware"]["cpu"],
+            "cores": found["hardware"]["cores"],
+            "commit": found.get("commit"),
+            "uncommitted_changes": found.get("uncommitted_changes"),
+        },
+    }
 
 
 def chat_template(name: str, tokenizer: Any) -> str:

@@ -27,7 +27,7 @@ import yaml
 T = TypeVar("T")
 BOOLS = {"true": True, "false": False}
 LISTS = (list, tuple, Sequence)
-SECRETS = {"hub_token", "push_to_hub_token"}  # fields of TrainingArguments that must not land in a file
+SECRETS = {"hub_token", "push_to_hub_token", "api_key"}  # fields that must not land in a file
 OURS = {"config": str | None, "print_config": bool}  # flags of every command
 
 

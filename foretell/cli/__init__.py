@@ -19,6 +19,7 @@ VERBS = {
     "regenerate": ("foretell.cli.regenerate:main", "let a model answer prompts: data to train on"),
     "cache": ("foretell.cli.cache:main", "encoded rows that are kept: list, verify, remove"),
     "generate": ("foretell.cli.generate:main", "decode with an MTP module, losslessly"),
+    "serve": ("foretell.cli.serve:main", "answer over HTTP as OpenAI does, with a page to try it"),
     "export": ("foretell.cli.export:main", "write a module as engines and people read it, and prove it"),
     "inspect": ("foretell.cli.inspect:main", "say what is in a module's or model's folder; inspect data: look at rows"),
     "evaluate": ("foretell.cli.evaluate:main", "measure acceptance and speed of a module on a workload"),

@@ -18,7 +18,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ModelSettings:
     """What every verb that decodes is told."""
 
-    model: str = field(metadata={"help": "Target: a transformers folder or hub name.", "positional": True})
+    model: str = field(
+        metadata={"help": "Target: a transformers folder, a GGUF file, or a hub name.", "positional": True}
+    )
     module: str | None = field(
         default=None,
         metadata={"help": "Folder of the MTP module; without it the one that ships for this model, else lookup alone."},
@@ -52,22 +54,28 @@ class WorkloadSettings(ModelSettings):
 
 
 def load_target(path: str, dtype: str = "auto", from_scratch: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder or a hub name; from_scratch takes the config only, with random weights."""
+    """(model, tokenizer) of a folder, a GGUF file, which is read in fp32, or a hub name; from_scratch takes the config
+    only, with random weights.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+    file, how = Path(path), {}
+    if file.suffix == ".gguf" and file.is_file() and not from_scratch:
+        path, how, dtype = str(file.parent), {"gguf_file": file.name}, "float32" if dtype == "auto" else dtype
+    elif file.exists() and not (file / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json there; wanted a transformers model folder.")
     kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     if from_scratch:
         config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else kind)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+        plain: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)} if how else {}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **how, **plain)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **how)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no tokenizer could be loaded ({error}); save one beside the model.") from None
     if torch.cuda.is_available():

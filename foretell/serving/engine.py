@@ -328,10 +328,12 @@ class Engine:
     # -- what a run tells ----------------------------------------------------------------------------------------------
 
     def _finished(self, running: Running) -> bool:
-        done = running.finish(running.sequence)
+        tokens, most, stop = running.sequence.tokens, running.sequence.most_tokens, running.request.stop
+        stopped = stop is not None and stop(tokens[-1])
+        done = running.finish(running.sequence) or stopped
         if done:
-            tokens, most = running.sequence.tokens, running.sequence.most_tokens
-            running.reason = "stop" if tokens[-1] in running.finish.eos or len(tokens) < most else "length"
+            ended = stopped or tokens[-1] in running.finish.eos or len(tokens) < most
+            running.reason = "stop" if ended else "length"
         return done
 
     def _look(self, running: Running, logits_RV: Tensor, path: list[int]) -> None:

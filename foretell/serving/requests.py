@@ -64,6 +64,7 @@ class Request:
     num_draft_tokens: int | str | None = None
     policy: str | None = None
     confidence_threshold: float | None = None
+    stop: Callable[[int], bool] | None = None  # told every token in turn; true ends the text with it
 
     def problems(self, vocabulary: int, context: int) -> list[str]:
         """Everything that is wrong with it, in plain sentences."""

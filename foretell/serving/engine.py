@@ -115,19 +115,23 @@ class Engine:
                 "leave it out, or use policy='lossless'."
             )
         with self._changed:
+            self._check_room()
             self._count += 1
             running = Running(request, plan, self._count, on_piece)
         self._prepare(running)
         with self._changed:
-            if self._closing:
-                raise Closed("the engine is closing and takes no requests any more.")
-            if len(self._queue) + len(self._taken) >= self.slots + self.max_queued:
-                self._counts["rejected"] += 1
-                raise Full(max(1.0, self._usual_seconds * (len(self._queue) + 1) / self.slots))
+            self._check_room()
             self._queue.append(running)
             self._counts["prompt_tokens"] += running.prompt_tokens
             self._changed.notify_all()
         return running
+
+    def _check_room(self) -> None:
+        if self._closing:
+            raise Closed("the engine is closing and takes no requests any more.")
+        if len(self._queue) + len(self._taken) >= self.slots + self.max_queued:
+            self._counts["rejected"] += 1
+            raise Full(max(1.0, self._usual_seconds * (len(self._queue) + 1) / self.slots))
 
     def metrics(self) -> dict[str, Any]:
         """What happens now, and counts since the start."""
@@ -186,7 +190,8 @@ class Engine:
         ends = sorted({*self.mtp.target.end_ids, *request.stop_token_ids})
         pad = model.generation_config.pad_token_id
         new = request.max_new_tokens or self.max_context - running.prompt_tokens
-        how |= {"max_new_tokens": new, "eos_token_id": ends or None, "pad_token_id": 0 if pad is None else pad}
+        how |= {"max_new_tokens": new, "max_length": None}
+        how |= {"eos_token_id": ends or None, "pad_token_id": 0 if pad is None else pad}
         processors, criteria, config = prepared(model, list(request.input_ids), **how)
         sample = bool(config.do_sample)
         generator = torch.Generator(self.mtp.device)

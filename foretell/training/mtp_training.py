@@ -28,7 +28,7 @@ from foretell.data.collate import to_batch
 from foretell.mtp import MTPModel
 from foretell.training.muon import MuonAdamW
 from foretell.training.objective import choose_labels, coefficients, count_labels, objective
-from foretell.training.tau import decoded_tau
+from foretell.training.tau import decoded_tau, gathered, stop_early, with_estimate
 
 
 class MTPTraining(Trainer, ABC):
@@ -63,6 +63,7 @@ class MTPTraining(Trainer, ABC):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        stop_early(self)
         with self._narrowed(self.mtp):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -351,26 +352,26 @@ class MTPTraining(Trainer, ABC):
         if self.mtp is not None:
             found = self._take_notes("eval")
             if description == "Evaluation":
-                found |= self.measure_tau(dataloader.dataset)
+                own = 1 + (self.mtp.module.usual_layout == "two_pass")
+                found = with_estimate(found | self.measure_tau(dataloader.dataset), own)
             out.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return out
 
     def measure_tau(self, rows: Any = None) -> dict[str, float]:
         """Decode the first eval_prompts prompts of these rows (the evaluation set's, or the first of several)
-        greedily with the module; empty if there are none, or under sharding.
+        greedily with the module; empty if there are none. Under FSDP2 one rank does, of gathered weights.
         """
         args: Any = self.args
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            warnings.warn(
-                "tau is not measured while parameters are sharded: decode the saved module instead.", stacklevel=2
-            )
+        if (self.is_fsdp_enabled and not self.accelerator.is_fsdp2) or self.is_deepspeed_enabled:
+            warnings.warn("tau is not measured under FSDP1 and DeepSpeed: decode the saved module.", stacklevel=2)
             return {}
         assert self.mtp is not None
         rows = self.eval_dataset if rows is None else rows
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         while isinstance(rows, IterableDatasetShard):  # every rank decodes the same prompts
             rows = rows.dataset
-        found = [decoded_tau(self.mtp, rows, args.eval_prompts, args.eval_new_tokens)]
+        with gathered(self.model, self.accelerator) as mine:
+            found = [decoded_tau(self.mtp, rows, args.eval_prompts, args.eval_new_tokens) if mine else {}]
         return broadcast_object_list(found)[0] if self.accelerator.num_processes > 1 else found[0]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

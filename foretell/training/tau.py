@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import EarlyStoppingCallback
 
 from foretell.mtp import MTPModel
 from foretell.types import IGNORE_INDEX
+
+PARTED = 1.2  # times the decoded tau: an estimate beyond it is said to mislead
 
 
 def decoded_tau(mtp: MTPModel, rows: Any, prompts: int, new_tokens: int) -> dict[str, float]:
@@ -24,9 +30,8 @@ def decoded_tau(mtp: MTPModel, rows: Any, prompts: int, new_tokens: int) -> dict
     width = max(len(p) for p in found)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in found])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in found])
-    out = mtp.generate(
-        ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True
-    )
+    how = {"do_sample": False, "return_dict_in_generate": True, "synced_gpus": False}  # of ranks each decodes alone
+    out = mtp.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **how)
     stats = out.stats
     metrics = {"tau": stats.tau, "mean_accepted": stats.mean_accepted}
     metrics |= {f"accept_at_{k}": a for k, a in enumerate(stats.accept_at, start=1)}
@@ -41,3 +46,61 @@ def prompt_of(row: dict[str, Any]) -> list[int]:
     labels: Sequence[int] = list(row.get("labels") or ids)
     first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
     return ids[: max(first, 0)] or ids[: max(len(labels) // 2, 1)]
+
+
+@contextmanager
+def gathered(model: nn.Module, accelerator: Any) -> Iterator[bool]:
+    """Whether this rank decodes. Under FSDP2, which all ranks enter, the first alone does: parameters are whole here
+    and stay so through its forwards.
+    """
+    if not accelerator.is_fsdp2:
+        yield True
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield accelerator.is_main_process
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+
+
+def stop_early(trainer: Any) -> None:
+    """Have a run end by eval_patience, if it has one. Raises ValueError where nothing is evaluated."""
+    args = trainer.args
+    if args.eval_patience is None:
+        return
+    if args.eval_strategy == "no":
+        raise ValueError("eval_patience: got a number of evaluations, but none are made; wanted eval_strategy too.")
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = "eval_tau", True
+    trainer.remove_callback(EarlyStoppingCallback)
+    trainer.add_callback(EarlyStoppingCallback(args.eval_patience))
+
+
+def with_estimate(metrics: dict[str, float], own: int = 1) -> dict[str, float]:
+    """And estimated_tau, what teacher-forced accuracies alone promise: a draft counts while all before it hold. Warns
+    where decoding falls short of it.
+
+    own: tokens of a verification that need no draft.
+    """
+    if "tau" not in metrics or "accuracy_1" not in metrics:
+        return metrics
+    held, estimate = 1.0, float(own)
+    for k in itertools.count(1):
+        if f"accuracy_{k}" not in metrics:
+            break
+        held *= metrics[f"accuracy_{k}"]
+        estimate += held
+    if estimate > PARTED * metrics["tau"]:
+        warnings.warn(
+            "tau by decoding falls short of what teacher-forced accuracy promises (estimated_tau): the rows are not "
+            "what the target itself says (foretell regenerate makes such rows), or drafts are not read as trained.",
+            stacklevel=2,
+        )
+    return metrics | {"estimated_tau": estimate}

@@ -30,7 +30,7 @@ def decoded_tau(mtp: MTPModel, rows: Any, prompts: int, new_tokens: int) -> dict
     width = max(len(p) for p in found)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in found])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in found])
-    how = {"do_sample": False, "return_dict_in_generate": True, "synced_gpus": False}  # of ranks each decodes alone
+    how: Any = {"do_sample": False, "return_dict_in_generate": True, "synced_gpus": False}  # ranks decode on their own
     out = mtp.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **how)
     stats = out.stats
     metrics = {"tau": stats.tau, "mean_accepted": stats.mean_accepted}

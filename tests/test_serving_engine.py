@@ -353,6 +353,71 @@ def test_an_error_of_one_request_is_its_own(monkeypatch):
     assert ends == {"stop": 0, "length": 5, "cancelled": 0, "error": 1}
 
 
+@pytest.mark.parametrize("kind", ["sequential", "heads", "masked"])
+def test_a_round_that_breaks_halfway_loses_and_repeats_nothing(kind, monkeypatch):
+    """What it appended was not handed out: everybody goes on from what was, in runs of their own."""
+    real, calls = loop.Run._round, []
+
+    def breaks(run: loop.Run) -> Any:
+        emitted = real(run)
+        calls.append(len(run.active))
+        if len(calls) in (3, 9):
+            raise MemoryError("for a while")
+        return emitted
+
+    dice = random.Random(2)
+    requests = [some_request(dice, max_new_tokens=14, logprobs=1) for _ in range(5)]
+    wholes = [alone(kind, request) for request in requests]
+    monkeypatch.setattr(loop.Run, "_round", breaks)
+    with engine(kind, num_draft_tokens=2) as served:
+        running = [served.submit(request) for request in requests]
+        for one, whole in zip(running, wholes, strict=True):
+            pieces = list(one)
+            if pieces[-1].finish_reason == "error":  # whose run broke a second time
+                assert "MemoryError" in pieces[-1].error and tokens_of(pieces) == whole[: len(tokens_of(pieces))]
+            else:
+                check_pieces(one, pieces, whole)
+        assert served.metrics()["requests"]["error"] <= 1
+
+
+BAD = 90  # a token whose state overflows
+
+
+def overflowing() -> nn.Module:
+    model = leaning_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BAD] = torch.inf
+        model.get_output_embeddings().weight[BAD] = 0.0  # which it never says itself
+    return model
+
+
+def test_a_prompt_that_overflows_leaves_nothing_behind(monkeypatch):
+    """Cancelled while it is read, when nobody has looked at its numbers yet; who comes to its slot reads its own."""
+    monkeypatch.setattr(loop, "PIECE_ROWS", 2)
+    mtp, emitted, left = get_mtp_model(overflowing(), SequentialConfig(depth=2)), {}, []
+    prompts = [[7, 8, 9], [BAD] * 40, [11, 12, 13, 11], list(range(20, 45))]
+    todo = [SequenceState(list(p), len(p), i, most_tokens=len(p) + 12) for i, p in enumerate(prompts)]
+    todo[0].most_tokens = 60
+    with mtp.target.reading():
+        run = joined_run(mtp, mtp.drafter(), 3, left, emitted)
+        for i, until in ((0, lambda: todo[0].record), (1, lambda: todo[1].cached > 20)):
+            run.admit(todo[i])
+            while not until():
+                run.step()
+        assert not todo[1].record
+        run.cancel(todo[1])
+        monkeypatch.setattr(loop, "PIECE_ROWS", 64)  # the next two share a forward
+        run.admit(todo[2])
+        run.admit(todo[3])
+        while run.step():
+            pass
+    assert sorted(s.index for s in left) == [0, 1, 2, 3]
+    for i in (0, 2, 3):
+        new = todo[i].most_tokens - len(prompts[i])
+        whole = mtp.model.generate(torch.tensor([prompts[i]]), max_new_tokens=new, pad_token_id=0)
+        assert emitted[i] == whole[0, len(prompts[i]) :].tolist()
+
+
 def test_a_reader_that_fails_is_cancelled():
     def fails(piece: Piece) -> None:
         raise OSError("the client is gone")
@@ -424,7 +489,7 @@ def test_close_drains_or_cancels():
     assert served.metrics()["running"] == served.metrics()["waiting"] == 0
 
 
-BAD: dict[str, dict[str, Any]] = {
+WRONG: dict[str, dict[str, Any]] = {
     "input_ids: got none": {"input_ids": []},
     "input_ids: got \\[97\\]": {"input_ids": [3, 97]},
     "input_ids: got 512 tokens, wanted fewer than the 512": {"input_ids": [3] * 512},
@@ -454,7 +519,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 def test_bad_requests_are_refused_at_once():
     with engine() as served:
-        for said, changes in BAD.items():
+        for said, changes in WRONG.items():
             with pytest.raises(ValueError, match=said):
                 served.submit(Request(**{"input_ids": [3, 4, 5], "max_new_tokens": 5, **changes}))
         assert served.metrics()["prompt_tokens"] == 0

@@ -415,35 +415,39 @@ class Run:
             return
         gap = self.reading[0].slot - len(self.active) if self.reading else 0
         stay = max(len(self.reading) - gap, 0)
-        closing_up = self.reading[stay:] if gap else []
-        for slot, sequence in enumerate(closing_up, start=len(self.active)):
+        for slot, sequence in enumerate(self.reading[stay:], start=len(self.active)):
             self._move(sequence, slot)
-        self.reading = closing_up + self.reading[: len(self.reading) - len(closing_up)]
+        self.reading = self.reading[stay:] + self.reading[:stay]
         self._hold()
 
     def _without_done(self, group: list[SequenceState]) -> None:
         for at in range(len(group) - 1, -1, -1):
             if not group[at].done:
                 continue
-            slot, last = group[at].slot, group[-1]
-            self._tell(group[at])
+            gone, last = group[at], group[-1]
+            self._tell(gone)
             group[at] = last
             group.pop()
-            freed = last.slot
-            if freed != slot:
-                self._move(last, slot)
-            if last.broken:  # whoever comes to this slot must not find what it has left
-                self.cache.clear(freed)
+            if last is gone:
+                self._wipe(gone, gone.slot)
+            else:
+                self._move(last, gone.slot)
 
     def _tell(self, sequence: SequenceState) -> None:
         if self.rules.leave is not None:
             self.rules.leave(sequence)
 
     def _move(self, sequence: SequenceState, slot: int) -> None:
+        before, sequence.slot = sequence.slot, slot
         for watcher in self.watchers:
-            watcher.move(sequence.slot, slot, sequence.cached)
-        self.cache.move(sequence.slot, slot, sequence.cached)
-        sequence.slot = slot
+            watcher.move(before, slot, sequence.cached)
+        self.cache.move(before, slot, sequence.cached)
+        self._wipe(sequence, before)
+
+    def _wipe(self, sequence: SequenceState, slot: int) -> None:
+        """Whoever comes to this slot must not find numbers that are none; at a prompt nobody has looked yet."""
+        if sequence.broken or sequence.cached < len(sequence.tokens) - 1:
+            self.cache.clear(slot)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)

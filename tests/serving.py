@@ -105,11 +105,12 @@ class Served:
             there.set()
             go.wait()
 
-        self.engine.submit(Request(input_ids=[5], max_new_tokens=2), wait)
+        running = self.engine.submit(Request(input_ids=[5], max_new_tokens=400, ignore_eos=True), wait)
         there.wait()
         try:
             yield
         finally:
+            running.cancel()
             go.set()
 
 

@@ -397,17 +397,22 @@ def test_a_key_is_asked_for():
 # -- load, and clients that leave
 
 
+def idle(served: Served) -> bool:
+    now = served.engine.metrics()
+    return now["running"] == now["waiting"] == 0
+
+
 def test_a_full_queue_says_when_to_come_again():
     served = tiny_served(slots=1, max_queued=0)
     try:
         with served.held():
             status, answer, headers = served.send("/v1/completions", {"prompt": "w7", "max_tokens": 2})
         assert status == 503 and answer["error"]["code"] == "queue_full" and int(headers["retry-after"]) >= 1
-        wait_for(lambda: served.engine.metrics()["running"] == 0)
+        wait_for(lambda: idle(served))
         # several choices: all or none
         status, answer, _ = served.send("/v1/completions", {"prompt": "w7", "max_tokens": 2, "n": 2})
         assert status == 503
-        wait_for(lambda: served.engine.metrics()["running"] == 0)
+        wait_for(lambda: idle(served))
         assert served.complete("w7", max_tokens=2)["choices"]
         assert (
             'foretell:requests_rejected_total{model_name="tiny",reason="queue_full"} 2.0' in served.send("/metrics")[1]
@@ -438,7 +443,7 @@ def test_who_hangs_up_leaves_the_batch_and_nobody_else_notices(monkeypatch):
             answer = served.complete(PROMPTS[0], max_tokens=30, temperature=0)
             assert answer["choices"][0]["text"].strip() == wanted
             wait_for(lambda: served.engine.metrics()["requests"]["cancelled"] == count)
-            wait_for(lambda: served.engine.metrics()["running"] == 0)
+            wait_for(lambda: idle(served))
 
         streaming = raw(served, {**endless, "stream": True})
         assert b"200 OK" in streaming.recv(1000)

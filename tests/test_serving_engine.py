@@ -26,6 +26,7 @@ from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
 from foretell.methods.sequential import SequentialConfig
 from foretell.mtp import MTPModel, get_mtp_model
+from foretell.serving import engine as engines
 from foretell.serving.engine import Engine
 from foretell.serving.requests import Closed, Full, Piece, Request, Running
 from foretell.types import SequenceState
@@ -135,6 +136,7 @@ CASES += [("heads", "mtp"), ("masked", "mtp+lookup"), ("noise", "mtp")]
 @pytest.mark.parametrize(("kind", "drafter"), CASES)
 def test_each_gets_what_it_would_get_alone(kind, drafter, monkeypatch):
     monkeypatch.setattr(loop, "PIECE_ROWS", 7)  # prompts take several rounds to read
+    monkeypatch.setattr(engines, "LONG_PROMPT", 31)  # and some are long
     dice = random.Random(f"{kind} {drafter}")
     requests = [some_request(dice) for _ in range(14)]
     wholes = [alone(kind, request) for request in requests]
@@ -228,6 +230,27 @@ def test_many_threads_submit_at_once():
     assert len(got) == 12
 
 
+def test_who_shares_a_run():
+    """All but what changes how a round is drafted, and much longer texts, for which all others would have to wait."""
+    plain = Request(input_ids=[3] * 9, max_new_tokens=2)
+    same = [{"temperature": 1.0, "seed": 1}, {"presence_penalty": 1}, {"logprobs": 2}, {"input_ids": [4] * 400}]
+    other = [{"num_draft_tokens": "auto"}, {"policy": "typical"}, {"policy": "static_k"}, {"policy": "confadapt"}]
+    with engine(num_draft_tokens=2) as served:
+
+        def kind(**changes: Any) -> tuple:
+            running = served.submit(replace(plain, **changes))
+            list(running)
+            return served._kind(running)
+
+        assert {kind(**one) for one in (*same, {"num_draft_tokens": 0}, {"num_draft_tokens": 3})} == {kind()}
+        assert len({kind(), *(kind(**one) for one in other)}) == 5
+    with engine("masked") as served:
+        assert len({kind(num_draft_tokens=n) for n in (0, 1, 2, "auto")}) == 4
+    lengths = (5, 2047, 2048, 4095, 4096)
+    sizes = [max(n, engines.LONG_PROMPT).bit_length() for n in lengths]
+    assert sizes == [11, 11, 12, 12, 13]
+
+
 # -- the loop, step by step --------------------------------------------------------------------------------------------
 
 
@@ -235,7 +258,8 @@ def joined_run(mtp: MTPModel, drafter: Any, slots: int, leave: list, emitted: di
     def finished(sequence: SequenceState) -> bool:
         return len(sequence.new_tokens) >= sequence.most_tokens - sequence.prompt_length
 
-    rules = loop.Rules(RowScores(None, False), finished, max_tokens=400, num_draft_tokens=3, slots=slots, joined=True)
+    rules = loop.Rules(RowScores(None, False), finished, max_tokens=400, num_draft_tokens=3, slots=slots)
+    rules.beside = lambda: bool(run.active)
     rules.leave = leave.append
     rules.emit = lambda sequence, tokens: emitted.setdefault(sequence.index, []).extend(tokens)
     run = loop.Decoder(mtp.target, drafter).start([], rules)

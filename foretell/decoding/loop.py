@@ -40,8 +40,8 @@ class Rules:
     num_draft_tokens: of a verification, or who decides. reference: whose output is the target's here.
     slots: how many are decoded at once. emit: told of each round's new tokens. leave: told of each sequence as it ends
     (its slot is still whole then). stop_admitting: once true, sequences still waiting are left as they are.
-    joined: others may join at any time, so prompts are read in pieces between rounds. look: given the logits of each
-    round's rows, and which of them the new tokens are from.
+    beside: others may join at any time, and prompts are read between rounds: a piece, while this says that somebody
+    waits for the next one. look: given the logits of each round's rows, and which of them the new tokens are from.
     """
 
     scores: RowScores
@@ -56,7 +56,7 @@ class Rules:
     emit: Callable[[SequenceState, list[int]], None] | None = None
     leave: Callable[[SequenceState], None] | None = None
     stop_admitting: Callable[[], bool] | None = None
-    joined: bool = False
+    beside: Callable[[], bool] | None = None
     look: Callable[[SequenceState, Tensor, list[int]], None] | None = None
 
 
@@ -102,7 +102,7 @@ class Run:
         length = rules.num_draft_tokens
         self.adaptive = length if isinstance(length, AdaptiveLength) else None
         self.length = length if isinstance(length, int) else 0
-        self.slots = rules.slots if rules.joined else min(rules.slots, max(len(sequences), 1))
+        self.slots = rules.slots if rules.beside else min(rules.slots, max(len(sequences), 1))
         # longest prompts first: they share prefill forwards with others of their length
         self.waiting = sorted(sequences, key=lambda s: len(s.tokens))
         self.reading: list[SequenceState] = []
@@ -281,7 +281,7 @@ class Run:
     def _progress(self) -> tuple[list[int], list[float] | None]:
         """Of each sequence, the tokens that may still come, and those that came a round; None where others wait."""
         left = [min(self.rules.max_tokens, s.most_tokens) - len(s.padding) - len(s.tokens) for s in self.active]
-        if self.waiting or self.rules.joined:
+        if self.waiting or self.rules.beside:
             return left, None
         return left, [(len(s.new_tokens) + 4) / (len(s.record) + 2) for s in self.active]
 
@@ -351,14 +351,14 @@ class Run:
             unread = (i for i, s in enumerate(self.reading) if s.cached < len(s.tokens) - 1)
             ready = next(unread, len(self.reading))
             self.active, self.reading = self.active + self.reading[:ready], self.reading[ready:]
-            if not self.reading or (rules.joined and self.stats.target_forwards > forwards):
+            if not self.reading or (rules.beside and self.stats.target_forwards > forwards):
                 break
             self._read_on()
         self.stats.seconds["prefill"] += time.perf_counter() - start
 
     def _admit(self, new: list[SequenceState]) -> None:
         """Give sequences the next slots; where others join, the shortest prompts are read first."""
-        self.reading = sorted(new, key=lambda s: len(s.tokens)) if self.rules.joined else new
+        self.reading = sorted(new, key=lambda s: len(s.tokens)) if self.rules.beside else new
         for slot, sequence in enumerate(self.reading, start=len(self.active)):
             sequence.slot, sequence.cached = slot, 0
             for watcher in self.watchers:
@@ -376,7 +376,7 @@ class Run:
 
     def _read_on(self) -> None:
         """One forward over prompts: of the first ones, as many as fit."""
-        few = self.rules.joined and bool(self.active)
+        few = self.rules.beside is not None and self.rules.beside()
         rows, most = (PIECE_ROWS, PIECE_ROWS) if few else (PREFILL_ROWS, PREFILL_TOKENS)
         group, longest = self.reading[:1], len(self.reading[0].tokens)
         for sequence in self.reading[1:]:

@@ -30,6 +30,7 @@ from foretell.mtp import MTPModel
 from foretell.serving.requests import Closed, Full, Piece, Request, Running
 from foretell.types import SequenceState
 
+LONG_PROMPT = 2047  # tokens; of longer ones, each power of two is a kind
 _LOG = logging.getLogger(__name__)
 
 
@@ -81,6 +82,7 @@ class Engine:
         self._changed = threading.Condition()
         self._queue: deque[Running] = deque()
         self._taken: dict[int, Running] = {}  # in slots, by index
+        self._runs: dict[tuple, _Turn] = {}  # by kind of request
         self._closing, self._count, self._usual_seconds = False, 0, 1.0
         self._counts: Counter[str] = Counter()
         self._ends: Counter[str] = Counter(stop=0, length=0, cancelled=0, error=0)
@@ -207,12 +209,15 @@ class Engine:
         running.sequence = sequence
 
     def _kind(self, running: Running) -> tuple:
-        """Those of one kind share a run; the index stands in it where nobody else may have a say in the text."""
+        """Those of one kind share a run; the index stands in it where nobody else may have a say in the text. All of a
+        run take as much room as the longest, and as long to attend, so long prompts are among themselves.
+        """
         plan = running.plan
         drawn = plan.policy in SPANS and running.scores.do_sample
         alone = running.alone or drawn or (plan.policy in LOSSY and self.mtp.module.lays_masks)
         length = plan.length if plan.layout is not None or plan.length == "auto" or plan.policy in SPANS else "fixed"
-        return plan.policy, length, plan.threshold, running.index if alone else None
+        size = max(running.prompt_tokens, LONG_PROMPT).bit_length()
+        return plan.policy, length, plan.threshold, size, running.index if alone else None
 
     # -- the decoding thread -------------------------------------------------------------------------------------------
 
@@ -222,23 +227,23 @@ class Engine:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
-            runs: dict[tuple, _Turn] = {}
             try:
                 with self.mtp.target.reading():
-                    while self._let_in(runs):
-                        for kind in list(runs):
-                            self._one_round(runs, kind)
+                    while self._let_in():
+                        for kind in list(self._runs):
+                            self._one_round(kind)
             except BaseException as error:  # of the model itself: nobody can be served as things are
                 _LOG.exception("decoding failed")
-                for turn in runs.values():
+                for turn in self._runs.values():
                     turn.held.__exit__(type(error), error, None)
+                self._runs.clear()
                 with self._changed:
                     everyone = [*self._taken.values(), *self._queue]
                     self._queue.clear()
                 for running in everyone:
                     self._end(running, "error", error)
 
-    def _let_in(self, runs: dict[tuple, _Turn]) -> bool:
+    def _let_in(self) -> bool:
         """Those who wait take the free slots, whoever was cancelled leaves; whether anybody is here."""
         with self._changed:
             gone = [running for running in self._queue if running.cancelled]
@@ -249,17 +254,17 @@ class Engine:
         for running in gone:
             self._end(running, "cancelled")
         for running in new:
-            self._join(runs, running)
+            self._join(running)
         for running in [one for one in self._taken.values() if one.cancelled]:
-            runs[self._kind(running)].run.cancel(running.sequence)
+            self._runs[self._kind(running)].run.cancel(running.sequence)
         return bool(self._taken)
 
-    def _join(self, runs: dict[tuple, _Turn], running: Running) -> None:
+    def _join(self, running: Running) -> None:
         try:
             kind = self._kind(running)
-            if kind not in runs:
-                runs[kind] = self._open(running, kind)
-            turn = runs[kind]
+            if kind not in self._runs:
+                self._runs[kind] = self._open(running, kind)
+            turn = self._runs[kind]
             turn.scores.give(running.sequence, running.scores)
             running.clock("admitted")
             turn.run.admit(running.sequence)
@@ -294,7 +299,7 @@ class Engine:
                 generator=None if dice is None else dice.generator(mtp.device),
                 emit=lambda sequence, tokens: self._hand_out(self._taken[sequence.index], tokens),
                 leave=lambda sequence: self._leave(sequence, scores),
-                joined=True,
+                beside=lambda: any(turn.run.active for turn in self._runs.values()),
                 look=lambda sequence, logits_RV, path: self._look(self._taken[sequence.index], logits_RV, path),
             )
             run = space.decoder(mtp.target, drafter, plan.policy).start([], rules)
@@ -304,21 +309,21 @@ class Engine:
             raise
         return _Turn(run, scores, held)
 
-    def _one_round(self, runs: dict[tuple, _Turn], kind: tuple) -> None:
-        turn = runs[kind]
+    def _one_round(self, kind: tuple) -> None:
+        turn = self._runs[kind]
         try:
             more = turn.run.step()
             self._counts["rounds"] += 1
             if not more:
-                runs.pop(kind).held.close()
+                self._runs.pop(kind).held.close()
         except Exception as error:
-            self._broke(runs, kind, error)
+            self._broke(kind, error)
 
-    def _broke(self, runs: dict[tuple, _Turn], kind: tuple, error: Exception) -> None:
+    def _broke(self, kind: tuple, error: Exception) -> None:
         """Whoever was in a run that broke goes on in a run alone. Who breaks that one too is told."""
         _LOG.exception("a round failed: its requests go on one by one")
-        run = runs[kind].run
-        runs.pop(kind).held.__exit__(type(error), error, None)
+        run = self._runs[kind].run
+        self._runs.pop(kind).held.__exit__(type(error), error, None)
         for sequence in (*run.active, *run.reading, *run.waiting):
             running = self._taken.get(sequence.index)
             if running is None:
@@ -328,7 +333,7 @@ class Engine:
                 continue
             running.alone = True
             running.begin()
-            self._join(runs, running)
+            self._join(running)
 
     # -- what a run tells ----------------------------------------------------------------------------------------------
 

@@ -295,8 +295,13 @@ def test_compare_says_what_differs_and_what_is_noise(place, capsys):
 
 def test_report_draws_a_run(place, capsys):
     assert main(words(place, "--max-new-tokens", "16", "--repeats", "1", output="r.json")) == 0
-    shown = json.loads((place / "r.json").read_text())["sample"]["verifications"]
-    assert all(len(one["tokens"]) == len(one["sources"]) for one in shown)
+    samples = json.loads((place / "r.json").read_text())["samples"]
+    pace = [sum(len(v["tokens"]) for v in one["verifications"]) / len(one["verifications"]) for one in samples]
+    assert len(samples) == 3 and pace == sorted(pace)
+    for one in samples:
+        assert all(len(v["tokens"]) == len(v["sources"]) == len(v["chances"]) for v in one["verifications"])
+        # greedy: the likeliest of 64 tokens, each time
+        assert all(1 / 64 < chance <= 1 for v in one["verifications"] for chance in v["chances"])
     assert main(["report", str(place / "r.json"), "--output", str(place / "page.html")]) == 0
     page = (place / "page.html").read_text()
     assert "http://" not in page and "https://" not in page and "tokens per verification" in page

@@ -407,7 +407,7 @@ def _compared(
             way |= {"tau_fixed": numbers.fixed_acceptance(fixed, measured.chunks, 0)["tau"], "fixed": FIXED}
     curve = mtp.cost_curve()
     found["cost_curve"] = [{"rows": r, "ms": 1000 * s} for r, s in zip(curve.rows, curve.seconds, strict=True)]
-    found["sample"] = numbers.sample(measured, _best(found["ways"])["name"], tokenizer)
+    found["samples"] = numbers.samples(mtp, measured, _best(found["ways"])["name"], tokenizer)
     return {**_headline(found), **found}
 
 

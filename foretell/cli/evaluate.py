@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -211,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
         }
         for i, chunk in enumerate(found.chunks)
     ]
-    result["sample"] = numbers.sample(found, name, session.tokenizer)
+    result["samples"] = numbers.samples(mtp, found, name, session.tokenizer)
     write_json_atomic(settings.output, result)
     kept.remove()
     print(page(result))
@@ -346,27 +347,42 @@ def compare(argv: Sequence[str]) -> int:
 class ReportSettings:
     """Flags of `foretell report`."""
 
-    runs: list[str] = field(metadata={"help": "Results of foretell evaluate.", "positional": True})
-    output: str = field(metadata={"help": "The page, self-contained HTML."})
+    runs: list[str] = field(
+        metadata={"help": "Results of evaluate or sweep, and folders of trainings (their logs).", "positional": True}
+    )
+    output: str = field(metadata={"help": "The page, self-contained HTML; each picture is a PNG beside it too."})
 
 
 def report(argv: Sequence[str]) -> int:
     """foretell report: one page of one run or of several."""
     settings = parse(ReportSettings, argv, prog="foretell report")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("report: wanted matplotlib, which draws and is not installed: pip install 'foretell[eval]'.")
     from foretell.evaluation.report import write_report
 
-    first, *others = [_read(path) for path in settings.runs]
-    print(write_report(first, settings.output, *others))
+    first, *others = [_log(path) if Path(path).is_dir() else _read(path, "/sweep", "/tasks") for path in settings.runs]
+    print(write_report(first, settings.output, *others, draw=True))
     return 0
 
 
-def _read(path: str) -> dict[str, Any]:
+def _log(folder: str) -> dict[str, Any]:
+    """A training's log, of its newest state."""
+    states = sorted(Path(folder).glob("**/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    if not states:
+        raise ValueError(f"{folder}: no trainer_state.json in there; wanted a folder of a training that saved.")
+    log = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    if not any("eval_tau" in entry for entry in log):
+        raise ValueError(f"{folder}: its log tells no tau; wanted a training with evaluation rows (eval_prompts > 0).")
+    return {"model": Path(folder).resolve().name, "log": log}
+
+
+def _read(path: str, *kinds: str) -> dict[str, Any]:
     from foretell.evaluation.evaluate import SCHEMA
 
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); wanted a result of foretell evaluate.") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    if not isinstance(found, dict) or found.get("schema") not in (SCHEMA, *(SCHEMA + kind for kind in kinds)):
         raise ValueError(f"{path}: wanted a result of foretell evaluate ({SCHEMA}).")
     return found

@@ -288,15 +288,25 @@ def shaded_sample(tokenizer: Any, answer: list[int], record: Sequence[Verificati
     return out
 
 
-def sample(found: Measured, name: str, tokenizer: Any) -> dict[str, Any]:
-    """The answer that shows a way's drafting at its most typical: of the median tau."""
+@torch.no_grad()
+def samples(mtp: MTPModel, found: Measured, name: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """The answers of the least, the median and the highest tau of a way; with the target's own chance of each token."""
     answers = [
         (prompt, tokens, [Verification(*v) for v in record])
         for chunk, kept in zip(found.chunks, found.first(name), strict=True)
         for prompt, tokens, record in zip(chunk.prompts, kept["tokens"], kept["records"], strict=True)
     ]
     answers.sort(key=lambda one: len(one[1]) / len(one[2]))
-    prompt, tokens, record = answers[len(answers) // 2]
-    text = tokenizer.decode(prompt, skip_special_tokens=True)
-    text = text if len(text) <= SHOWN else f"... {text[-SHOWN:]}"
-    return {"prompt": text, "way": name, "verifications": shaded_sample(tokenizer, tokens, record)}
+    shown = []
+    for at in sorted({0, len(answers) // 2, len(answers) - 1}):
+        prompt, tokens, record = answers[at]
+        ids_T = torch.tensor([*prompt, *tokens], device=mtp.device)
+        logits_TV = mtp.model(ids_T[None]).logits[0, len(prompt) - 1 : -1].float()
+        chances = logits_TV.softmax(-1).gather(1, ids_T[len(prompt) :, None])[:, 0].tolist()
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        text = text if len(text) <= SHOWN else f"... {text[-SHOWN:]}"
+        verifications = shaded_sample(tokenizer, tokens, record)
+        for one in verifications:
+            one["chances"], chances = chances[: len(one["tokens"])], chances[len(one["tokens"]) :]
+        shown.append({"prompt": text, "way": name, "verifications": verifications})
+    return shown

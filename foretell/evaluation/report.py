@@ -188,31 +188,37 @@ def panel(title: str, heads: Sequence[str], rows: Sequence[Html]) -> Html:
 
 
 def sample(result: Result) -> Html | None:
-    given = result.get("sample") or {}
-    verifications = given.get("verifications") or []
-    if not verifications:
-        return None
-    spans, emitted, drafted = [], 0, 0
-    for verification in verifications:
-        tokens = verification.get("tokens") or [verification.get("text") or ""]
-        accepted = verification.get("accepted") or 0
-        sources = verification.get("sources") or ["draft"] * accepted
-        written = []
-        for i, token in enumerate(tokens):
-            source = sources[i] if i < len(sources) else "target"
-            own = source == "target"
-            title = "the target model's own token" if own else f"drafted by {label_of(result, source)}, kept"
-            line = None if own else f"border-color:{colour(source)}"
-            written.append(element("span", token, title=title, style=line, class_="own" if own else "kept"))
-            drafted += not own
-        spans.append(element("span", written, class_="verification"))
-        emitted += len(written)
-    text = f"Each tint is one verification: {emitted:,} tokens in {len(verifications):,} verifications. Underlined "
-    text += f"tokens were drafted and kept ({drafted:,}), the others are the target model's own."
-    way = note("Decoded with ", label_of(result, given["way"]), ".") if given.get("way") else None
-    prompt = element("blockquote", given["prompt"]) if given.get("prompt") else None
-    answer = element("p", spans, class_="text")
-    return section("One answer, verification by verification", note(text), prompt, answer, way)
+    """One answer, or several: each verification shaded, who proposed what, how likely the target found it."""
+    parts: list[Any] = []
+    for given in result.get("samples") or [result.get("sample") or {}]:
+        verifications = given.get("verifications") or []
+        spans, rows, drafted = [], [], 0
+        for number, verification in enumerate(verifications, start=1):
+            tokens = verification.get("tokens") or [verification.get("text") or ""]
+            sources = verification.get("sources") or ["draft"] * (verification.get("accepted") or 0)
+            written, chances = [], verification.get("chances")
+            for i, token in enumerate(tokens):
+                source = sources[i] if i < len(sources) else "target"
+                own = source == "target"
+                title = "the target model's own token" if own else f"drafted by {label_of(result, source)}, kept"
+                chance = percent(chances[i]) if chances else None
+                title += f"; the target gives it {chance}" if chance else ""
+                line = None if own else f"border-color:{colour(source)}"
+                written.append(element("span", token, title=title, style=line, class_="own" if own else "kept"))
+                rows.append([f"{number}", token, "target" if own else source, chance or ""])
+                drafted += not own
+            spans.append(element("span", written, class_="verification"))
+        if not spans:
+            continue
+        text = f"Each tint is one verification: {len(rows):,} tokens in {len(spans):,} verifications. Underlined "
+        text += f"tokens were drafted and kept ({drafted:,}), the others are the target model's own."
+        way = note("Decoded with ", label_of(result, given["way"]), ".") if given.get("way") else None
+        prompt = element("blockquote", given["prompt"]) if given.get("prompt") else None
+        heads = ["verification", "token", "proposed by", "the target gives it"]
+        told = element("details", element("summary", "Token by token"), table(heads, rows))
+        parts += [note(text), prompt, element("p", spans, class_="text"), way, told]
+    several = "Answers" if len(result.get("samples") or ()) > 1 else "One answer"
+    return section(f"{several}, verification by verification", parts) if parts else None
 
 
 def your_kind(result: Result) -> Html | None:
@@ -330,22 +336,39 @@ def key_figures(result: Result) -> Html | None:
     return element("dl", shown, class_="figures") if shown else None
 
 
-def write_report(result: Result, path: str | Path, *others: Result) -> Path:
-    """Write the page, of several runs one below the other; folders that are missing are made."""
-    eyebrow, header, main = _run(result)
-    for other in others:
-        said, parts, sections = _run(other)
+def write_report(result: Result, path: str | Path, *others: Result, draw: bool = False) -> Path:
+    """Write the page, of several runs one below the other; folders that are missing are made. draw: by matplotlib, each
+    picture also as a PNG beside the page.
+    """
+    drawn = [_pictures(run, Path(path), i) if draw else None for i, run in enumerate((result, *others))]
+    eyebrow, header, main = _run(result, drawn[0])
+    for other, pictures in zip(others, drawn[1:], strict=True):
+        said, parts, sections = _run(other, pictures)
         main += [element("header", element("p", said), *parts), *sections]
     title = f"foretell, {1 + len(others)} runs" if others else headline(result)
     return write_page(path, title, eyebrow, header, main)
 
 
-def _run(result: Result) -> tuple[str, list[Any], list[Any]]:
+def _pictures(result: Result, path: Path, run: int) -> Html | None:
+    from foretell.evaluation.pictures import pictures
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = [
+        picture.html(path.with_name(f"{path.stem}-{run + 1}-{picture.name}.png"), 100 * run + i)
+        for i, picture in enumerate(pictures(result))
+    ]
+    return section("What was measured", drawn) if drawn else None
+
+
+def _run(result: Result, drawn: Html | None = None) -> tuple[str, list[Any], list[Any]]:
     """A run's time and machine, what stands above it, and its sections."""
     origin = result.get("provenance") or {}
     cores = f"{origin['cores']:,} cores" if is_number(origin.get("cores")) else None
     eyebrow = " \N{MIDDLE DOT} ".join(str(word) for word in ("foretell", origin.get("time"), cores) if word)
     sections = (speed, equality, tau, acceptance, categories, sample, your_kind, training, cost, time_spent, provenance)
+    shown = [
+        part(result) for part in sections if drawn is None or part not in (tau, acceptance, cost)
+    ]  # they are drawn
     failed = all_equal(result) is False
     parts = headline(result).replace(", ", ",\n").split("\n")  # lines break at commas first
     header = [
@@ -353,7 +376,7 @@ def _run(result: Result) -> tuple[str, list[Any], list[Any]]:
         element("p", " ".join(outcome(result)), class_="lead"),
         None if failed else key_figures(result),
     ]
-    return eyebrow, header, [part(result) for part in sections]
+    return eyebrow, header, [drawn, *shown]
 
 
 def write_page(path: str | Path, title: str, eyebrow: str, header: Sequence[Any], main: Sequence[Any]) -> Path:

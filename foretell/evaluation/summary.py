@@ -122,6 +122,8 @@ def module_ratio(result: Result) -> float | None:
 def headline(result: Result) -> str:
     """What the module brings, in one line; where it loses, the line says so."""
     model, speedup, equal = result.get("model") or "The target model", module_ratio(result), all_equal(result)
+    if result.get("log"):
+        return f"{model}: tau over its training"
     if equal is False:
         return "The outputs differ: these speeds do not count"
     if not is_number(speedup):

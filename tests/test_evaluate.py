@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +292,60 @@ def test_compare_says_what_differs_and_what_is_noise(place, capsys):
     assert main(words(place, "--max-new-tokens", "8", "--repeats", "1", output="c.json")) == 0
     assert main(["compare", str(place / "a.json"), str(place / "c.json")]) == 2
     assert "cannot be compared: another max_new_tokens" in capsys.readouterr().err
+
+
+def test_runs_of_other_questions_are_not_compared(place, capsys):
+    more = ("--max-new-tokens", "8", "--repeats", "1", "--no-transformers")
+    assert main(words(place, *more, output="d.json")) == 0
+    rows = ["--prompts", str(place / "rows.jsonl")]
+    assert main([*words(place, *more, output="e.json")[:6], *rows, *more]) == 0
+    assert main(words(place, *more, "--batch-size", "2", output="f.json")) == 0
+    (place / "lossy.json").write_text(json.dumps(json.loads((place / "d.json").read_text()) | {"tokens_equal": False}))
+    capsys.readouterr()
+    for other, wanted in (
+        ("e", "another prompts"),
+        ("f", "another batch_size"),
+        ("lossy", "one of them is not lossless"),
+    ):
+        assert main(["compare", str(place / "d.json"), str(place / f"{other}.json")]) == 2
+        assert wanted in capsys.readouterr().err
+
+
+def test_an_interrupted_run_of_the_verb_goes_on(place, capsys, monkeypatch):
+    more = ("--max-new-tokens", "8", "--repeats", "3", "--precision", "0.0001", "--no-transformers")
+    added, add = [], Kept.add
+
+    def stops(self, line):
+        if len(added) == 8:  # in the second repeat of six chunks
+            raise KeyboardInterrupt
+        added.append((line["repeat"], line["chunk"]))
+        add(self, line)
+
+    monkeypatch.setattr(Kept, "add", stops)
+    assert main(words(place, *more, output="part.json")) == 130 and not (place / "part.json").exists()
+    monkeypatch.setattr(
+        Kept, "add", lambda self, line: (added.append((line["repeat"], line["chunk"])), add(self, line))
+    )
+    assert main(words(place, *more, output="part.json")) == 0
+    run = json.loads((place / "part.json").read_text())
+    chunks = len(run["chunks"])
+    assert added == [(r, c) for r in range(3) for c in range(chunks)] and run["repeats"] == 3
+    assert all(len(seconds) == 3 for chunk in run["chunks"] for seconds in chunk["seconds"].values())
+    assert not list(place.glob("part.json.rounds*"))
+
+
+def test_a_precision_that_the_time_does_not_give_is_said(place, capsys):
+    more = ("--max-new-tokens", "8", "--precision", "0.0001", "--no-transformers")
+    assert main(words(place, *more, "--minutes", "0", output="p.json")) == 0
+    assert (
+        "precision: got unknown after 1 repeats (batch 1), wanted 0.0001; give more --minutes"
+        in capsys.readouterr().err
+    )
+    assert main(words(place, *more, "--repeats", "2", output="p.json")) == 0
+    assert re.search(r"precision: got \d\.\d+ after 2 repeats .* give more --repeats", capsys.readouterr().err)
+    assert json.loads((place / "p.json").read_text())["precision"] > 0.0001
+    assert main(words(place, *more, "--repeats", "3", "--precision", "0.99", output="p.json")) == 0
+    assert "precision" not in capsys.readouterr().err
 
 
 def test_report_draws_a_run(place, capsys):

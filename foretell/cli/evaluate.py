@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -151,6 +152,13 @@ class Session:
             ways, chunks, "off", kept, repeats=settings.repeats, precision=settings.precision, seed=settings.seed,
             seconds=math.inf if minutes is None else 60 * minutes,
         )  # fmt: skip
+        reached = found.precision("off") if found.repeats > 1 else math.inf
+        if reached > settings.precision:
+            known = "unknown" if math.isinf(reached) else f"{reached:.3f}"
+            ended = "--repeats" if found.repeats >= settings.repeats else "--minutes"
+            said = f"precision: got {known} after {found.repeats} repeats (batch {batch_size}), wanted "
+            said += f"{settings.precision}; give more {ended}. Intervals say what is known."
+            print(said, file=sys.stderr)
         return found, kept
 
     def start(self, verb: str, argv: Sequence[str]) -> dict[str, Any]:

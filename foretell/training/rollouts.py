@@ -135,6 +135,7 @@ class RolloutTraining(TRLTraining):
                 attention_mask=mask_BT,
                 generation_config=config,
                 tokenizer=self._tokenizer if config.stop_strings else None,
+                synced_gpus=False,  # what is sharded is whole now
                 **self._drafting(),
             )
         finally:
@@ -319,6 +320,8 @@ def _named(function: Callable[..., Any], like: Any, name: str) -> Any:
 def _whole(model: nn.Module) -> Iterator[None]:
     """While this is open, what FSDP2 shards is whole, and no forward asks other ranks for anything."""
     sharded: list[Any] = [part for part in model.modules() if hasattr(part, "set_reshard_after_forward")]
+    for part in sharded[:1]:  # before a layer is called by itself and takes itself for the whole
+        part._get_fsdp_state()._lazy_init()
     for part in sharded:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

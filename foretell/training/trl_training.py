@@ -6,6 +6,8 @@ second one.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -45,10 +47,17 @@ class TRLModel(MTPModel):
             rows = self.module.read(self.target, batch, learns=True, joint=True) if joint else rows
         self.losses = self.losses_of(batch, rows, **asked)
         learned = [*self.losses["mtp"], *([self.losses["stay"]] if self.losses["stay"] is not None else [])]
-        out["mtp_totals"] = torch.stack([loss.total for loss in learned])
-        for loss, total in zip(learned, out["mtp_totals"].unbind(), strict=True):
+        totals = torch.stack([loss.total for loss in learned])
+        for loss, total in zip(learned, totals.unbind(), strict=True):
             loss.total = total
-        return out
+        kind: Any = type(out)
+        return _with_totals(kind)(**out, mtp_totals=totals)
+
+
+@functools.cache
+def _with_totals(kind: Any) -> Any:
+    """A class of outputs with one more field: DDP takes outputs apart and makes them anew."""
+    return dataclasses.make_dataclass(f"MTP{kind.__name__}", [("mtp_totals", Any, None)], bases=(kind,))
 
 
 class TRLTraining(MTPTraining):

@@ -76,7 +76,8 @@ class Choice:
                 made.logprob, made.top = piece.logprobs[at], piece.top_logprobs[at]
             self.tokens.append(made)
         self.pieces += bool(piece.tokens)
-        assert [token.id for token in self.tokens] == self.detokenizer.tokens, "the engine told other tokens"
+        told = self.detokenizer.tokens
+        assert len(told) == len(self.tokens) and told[len(told) - len(piece.tokens) :] == piece.tokens, "other tokens"
         shown = []
         for at, text in self.detokenizer.take(last=piece.finish_reason is not None):
             one = self.tokens[at]

@@ -50,10 +50,11 @@ class Detokenizer:
         if last and self._whole < len(self.tokens):
             self._add(self._read())
         sure = len(self.text) - (0 if last else self._may_stop())
-        ends, first = [*self.starts[1:], len(self.text)], self._shown
-        while self._shown < self._whole and ends[self._shown] <= sure:
+        shown, ends = [], [*self.starts[self._shown + 1 :], len(self.text)]
+        while self._shown < self._whole and ends[len(shown)] <= sure:
+            shown.append((self._shown, self.text[self.starts[self._shown] : ends[len(shown)]]))
             self._shown += 1
-        return [(i, self.text[self.starts[i] : ends[i]]) for i in range(first, self._shown)]
+        return shown
 
     def _read(self) -> str:
         return self.tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)

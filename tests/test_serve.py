@@ -20,6 +20,7 @@ from datasets import load_dataset
 from drafters import knowing_mtp, leaning_model
 from serving import Served, byte_tokenizer, chat_tokenizer, tiny_served, wait_for
 from tiny import tiny_model
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from foretell.cli.regenerate import main as regenerate
 from foretell.cli.serve import main as serve
@@ -259,6 +260,19 @@ def test_half_a_character_is_said_at_the_end():
         detokenizer.put(token)
     assert detokenizer.take() == [(0, "a")]
     assert detokenizer.take(last=True) == [(1, ""), (2, "\ufffd")]
+
+
+def test_bytes_that_never_make_a_character_are_shown_and_cost_no_more():
+    tokenizer, rng = byte_tokenizer(), random.Random(0)
+    high = [tokenizer.get_vocab()[word] for word in (bytes_to_unicode()[byte] for byte in range(0x80, 0x100))]
+    for ids in (rng.choices(high, k=400), [high[0x62]] * 400):  # 0x62: a first byte of three
+        detokenizer, shown = Detokenizer(tokenizer, stops=["never"]), 0
+        for count, token in enumerate(ids, start=1):
+            detokenizer.put(token)
+            shown += len(detokenizer.take())
+            assert count - shown <= 4 and len(detokenizer._window) <= 24
+        detokenizer.take(last=True)
+        assert detokenizer.text == tokenizer.decode(ids)
 
 
 # -- what is refused
@@ -536,7 +550,7 @@ def test_sigterm_drains_and_a_second_server_is_told(folder):
             assert second.returncode == 2 and second.stderr.count("\n") == 1 and f"and {port}, where" in second.stderr
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret") as client:
                 stream = client.completions.create(
-                    model="tiny-model", prompt="w7", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+                    model="tiny-model", prompt="w7", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
                 )
                 parts = [next(stream)]
                 process.send_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ from typing import Any
 
 WINDOW = 24  # tokens of text so far that a new one is decoded behind, before the oldest are let go
 CONTEXT = 8  # of which so many stay: enough for a character, and for what a tokenizer writes between two words
+CHARACTER = 4  # bytes at most, so tokens: what is older and no character will not become one
 
 
 class Detokenizer:
@@ -30,25 +31,27 @@ class Detokenizer:
         self.stop: str | None = None  # the stop string that has come
         self._whole = self._shown = 0  # tokens whose text is there; that were taken
         self._window = list(before[-CONTEXT:])
-        self._before = self._read()  # text of the window that `text` has already, or that stands before it
+        self._before = self._read(0)  # text of the window that `text` has already, or that stands before it
 
     def put(self, token: int) -> bool:
         """The next token; whether it completes a stop string."""
         self.tokens.append(token)
         self.starts.append(len(self.text))
         self._window.append(token)
-        read = self._read()
+        read = self._read(0)
         if not read.endswith("\ufffd"):  # what a character reads as while bytes of it are missing
-            self._add(read)
-            if len(self._window) > WINDOW:
-                self._window = self._window[-CONTEXT:]
-                self._before = self._read()
+            self._add(read, 0)
+        elif len(self.tokens) - self._whole > CHARACTER:
+            self._add(self._read(CHARACTER), CHARACTER)
+        if len(self._window) > WINDOW:
+            self._window = self._window[-CONTEXT:]
+            self._before = self._read(len(self.tokens) - self._whole)
         return self.stop is not None
 
     def take(self, last: bool = False) -> list[tuple[int, str]]:
         """(index, text) of the tokens that can be shown now and were not yet; last: of all that are left."""
         if last and self._whole < len(self.tokens):
-            self._add(self._read())
+            self._add(self._read(0), 0)
         sure = len(self.text) - (0 if last else self._may_stop())
         shown, ends = [], [*self.starts[self._shown + 1 :], len(self.text)]
         while self._shown < self._whole and ends[len(shown)] <= sure:
@@ -56,14 +59,16 @@ class Detokenizer:
             self._shown += 1
         return shown
 
-    def _read(self) -> str:
-        return self.tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _read(self, without: int) -> str:
+        """The window's text, but for its last tokens."""
+        ids = self._window[: len(self._window) - without]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _add(self, read: str) -> None:
+    def _add(self, read: str, without: int) -> None:
         longest = max(map(len, self.stops), default=0)
         searched = max(len(self.text) + 1 - longest, 0)
         self.text += read[len(self._before) :]
-        self._before, self._whole = read, len(self.tokens)
+        self._before, self._whole = read, len(self.tokens) - without
         found = [(at, stop) for stop in self.stops if (at := self.text.find(stop, searched)) >= 0]
         if found:
             at, self.stop = min(found)

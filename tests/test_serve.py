@@ -123,6 +123,8 @@ def test_seeds_choices_and_lists_of_prompts(served):
         assert got[index] == out[0, ids.shape[1] :].tolist()
     assert answer["usage"]["prompt_tokens"] == 4 and answer["usage"]["completion_tokens"] == sum(map(len, got))
     assert served.complete([[25, 29, 30], [7]], n=2, seed=11, **about)["choices"] == answer["choices"]
+    last = served.complete(PROMPTS[0], n=2, seed=2**63 - 1, **about)["choices"]
+    assert served.complete(PROMPTS[0], seed=-(2**63), **about)["choices"][0]["token_ids"] == last[1]["token_ids"]
     again = served.complete(PROMPTS[0], **about), served.complete(PROMPTS[0], **about)
     assert again[0]["choices"][0]["token_ids"] != again[1]["choices"][0]["token_ids"]  # without a seed
 
@@ -292,6 +294,7 @@ WRONG = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content[0].type",
     ),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
@@ -376,9 +379,11 @@ def test_prompts_that_do_not_fit(served):
         count = 512 + ("chat" in path)
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
         assert f"got {count} tokens" in answer["error"]["message"] and "context of 512" in answer["error"]["message"]
-    for prompt in ("", [], [[]], [5, "w7"], [[5], [97]], {"a": 1}, [[5]] * 33, [True]):
+    for prompt in ("", [], [[]], [5, "w7"], [[5], [97]], {"a": 1}, [[5]] * 33, [True], "\ud800", ["w7", "\udfff w7"]):
         status, answer, _ = served.send("/v1/completions", {"prompt": prompt})
         assert status == 400 and answer["error"]["param"] == "prompt", prompt
+    status, answer, _ = served.send("/v1/completions", {"prompt": [[5]] * 32, "n": 16, "max_tokens": 1})
+    assert status == 400 and "got 512 answers to 32 prompts, wanted 72" in answer["error"]["message"]
 
 
 def test_tokenize_version_health(served):

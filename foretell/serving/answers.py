@@ -119,7 +119,7 @@ class Reply:
         self.choices = []
         for ids in prompts:
             for number in range(body.n):  # each draws on its own
-                seed = None if body.seed is None else (body.seed + number) % 2**63
+                seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
                 detokenizer = Detokenizer(tokenizer, () if self.chat else ids, body.stop)
                 request = Request(input_ids=ids, seed=seed, **asked)
                 self.choices.append(Choice(len(self.choices), request, detokenizer))

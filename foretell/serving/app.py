@@ -213,6 +213,10 @@ class Server:
         if (longest := max(map(len, prompts))) >= room:
             message = f"{param}: got {longest:,} tokens, wanted fewer than the model's context of {room:,}."
             raise Refused(400, message, "context_length_exceeded", param)
+        count, most = len(prompts) * body.n, self.engine.slots + self.engine.max_queued
+        if count > most:
+            message = f"n: got {count} answers to {len(prompts)} prompts, wanted {most} at most."
+            raise Refused(400, message, "invalid_request", "n")
         reply = Reply(body, prompts, self.engine, self.tokenizer, self.name, self.metrics)
         try:
             reply.start()

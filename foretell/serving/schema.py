@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from foretell.config import nearest
 from foretell.decoding.policies import POLICIES
@@ -44,6 +44,18 @@ class Wire(BaseModel):
         return {k: v for k, v in data.items() if v is not None and not (k in NOTHING and v == NOTHING[k])}
 
 
+def _whole(text: str) -> str:
+    """JSON can hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("wanted whole characters, not one half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -69,6 +81,8 @@ def _prompts(prompt: Any) -> Any:
             raise ValueError("wanted texts or lists of token ids")
         if not one:
             raise ValueError("got an empty prompt, wanted at least one token")
+        if isinstance(one, str):
+            _whole(one)
     return prompt
 
 
@@ -82,7 +96,7 @@ class Part(Wire):
     """Of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Wire):
@@ -196,7 +210,7 @@ class TokenizeRequest(Wire):
     """POST /tokenize: a text, or a conversation as the model would read it."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     add_special_tokens: bool = True
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
 

@@ -135,6 +135,8 @@ class InTurn(TrainerCallback):
 
     def __init__(self, arm: str, turns: Turns, steps: list[dict[str, float]]) -> None:
         self.arm, self.turns, self.steps = arm, turns, steps
+        self.taken: list[tuple[float, float, int]] = []
+        self.decoder: Any = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.start = time.thread_time(), time.perf_counter()
@@ -148,8 +150,12 @@ class InTurn(TrainerCallback):
             return
         wanted = ("reward", "rewards/", "rollout/", "mtp_loss", "accept_at", "completions/mean_length", "entropy")
         self.steps[-1].update({k: v for k, v in logs.items() if k.startswith(wanted) and v is not None})
+        names = ("rollout_cpu_seconds", "rollout_seconds", "rollout_tokens")
+        self.steps[-1] |= dict(zip(names, self.taken[-1], strict=True))
         if time.monotonic() > self.turns.end and self.turns.turn == self.turns.ring[-1]:
             self.turns.over = True
+        if self.decoder is not None:  # many stand side by side; after an update its copy is made anew anyway
+            self.decoder.target.release()
         kept = torch.get_rng_state()
         self.turns.give(self.arm)
         self.turns.take(self.arm, kept)
@@ -201,20 +207,17 @@ def timed(made: Any) -> list[tuple[float, float, int]]:
 
 
 def run_arm(arm: str, settings: RLSettings, turns: Turns, found: dict[str, Any]) -> None:
-    """In its thread: its steps into found[arm]."""
+    """In its thread: its steps into found[arm], as they come."""
     turns.take(arm)
-    steps: list[dict[str, float]] = []
     try:
-        made = trainer(arm, settings, [InTurn(arm, turns, steps)])
-        taken = timed(made)
-        kept = any(Path(made.args.output_dir).glob("checkpoint-*"))
+        watch = InTurn(arm, turns, [])
+        made = trainer(arm, settings, [watch])
+        watch.taken, watch.decoder = timed(made), made.decoder
+        kept = sorted(int(p.name.split("-")[1]) for p in Path(made.args.output_dir).glob("checkpoint-*"))
         before = found.get(arm, {}).get("steps", []) if kept else []
+        watch.steps += [step for step in before if step["step"] <= kept[-1]]
+        found[arm] = {"steps": watch.steps}
         made.train(resume_from_checkpoint=True if kept else None)
-        for at, step in enumerate(steps):
-            names = ("rollout_cpu_seconds", "rollout_seconds", "rollout_tokens")
-            step |= dict(zip(names, taken[at], strict=True))
-        first = steps[0]["step"] if steps else 0
-        found[arm] = {"steps": [s for s in before if s["step"] < first] + steps}
     except BaseException as error:
         found[arm] = {"error": f"{type(error).__name__}: {error}"}
         raise
@@ -307,8 +310,9 @@ def main() -> int:
         threads = [threading.Thread(target=run_arm, args=(arm, settings, turns, found)) for arm in settings.arms]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):  # what is there is kept, should this be killed
+            threads[-1].join(60)
+            write_json_atomic(path, result)
         result |= {"provenance": provenance(), "settings": {n: v for n, v in vars(settings).items() if n != "model"}}
         summed(found)
         for arm, about in found.items():

@@ -1,7 +1,7 @@
 """Other projects' own test suites against foretell: stand-ins for what they load from a hub, and the classes changed.
 
 tests/peers.md says how to run it. As a script it builds the stand-ins; as a pytest plugin (-p peers) it puts
-foretell's SFTTrainer in TRL's place (FORETELL_PEERS=trl, or trl-off for mtp_enabled=False), or lets every
+foretell's SFTTrainer and GRPOTrainer in TRL's place (FORETELL_PEERS=trl, or trl-off with no module), or lets every
 generate of transformers that foretell can do go through foretell (FORETELL_PEERS=generate), counted at the end.
 """
 
@@ -33,6 +33,7 @@ def make(folder: Path, ids: list[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from tokenizers.decoders import ByteLevel
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SCORES
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), ByteLevel()
@@ -54,7 +55,15 @@ def make(folder: Path, ids: list[str]) -> None:
         "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2, "num_experts": 4, "num_local_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     }  # fmt: skip
+    scores = {name: kind for kind, name in SCORES.items() if isinstance(name, str)}
     for name in ids:
+        score = scores.get(name.split("/")[-1].removeprefix("tiny-").split("-")[0])
+        if score is not None:
+            config = transformers.AutoConfig.for_model(
+                score, **{**ARCHITECTURES.get(score, {}), **sizes, "num_labels": 1}
+            )
+            transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
         kind = kinds.get(name.split("/")[-1].removeprefix("tiny-").split("-")[0])
         if kind is None:
             continue
@@ -70,6 +79,8 @@ def make(folder: Path, ids: list[str]) -> None:
         "standard_prompt_completion": [
             {"prompt": a["content"], "completion": b["content"]} for a, b in zip(asked, told)
         ],
+        "standard_prompt_only": [{"prompt": a["content"]} for a in asked],
+        "conversational_prompt_only": [{"prompt": [a]} for a in asked],
         "conversational_prompt_completion": [{"prompt": [a], "completion": [b]} for a, b in zip(asked, told)],
     }
     zen = folder / "trl-internal-testing" / "zen"
@@ -94,7 +105,7 @@ def pytest_configure(config: Any) -> None:
     if what.startswith("trl"):
         import trl
 
-        from foretell.trl import SFTConfig, SFTTrainer
+        from foretell.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
         class Config(SFTConfig):
             """Module on unless it is told otherwise."""
@@ -103,9 +114,21 @@ def pytest_configure(config: Any) -> None:
                 kwargs.setdefault("mtp_enabled", what == "trl")
                 super().__init__(*args, **kwargs)
 
-        Config.__qualname__ = "Config"  # checkpoints pickle it
-        globals()["Config"] = Config
+        class RolloutConfig(GRPOConfig):
+            """A new module that drafts and learns, but where something else of TRL's rolls out."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                others = ("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged")
+                if what == "trl":
+                    kwargs.setdefault("mtp_preset", "fastmtp")
+                    kwargs.setdefault("mtp_drafter", "none" if any(map(kwargs.get, others)) else "mtp+history")
+                super().__init__(*args, **kwargs)
+
+        for made in (Config, RolloutConfig):  # checkpoints pickle them
+            made.__qualname__ = made.__name__
+            globals()[made.__name__] = made
         trl.SFTConfig, trl.SFTTrainer = Config, SFTTrainer
+        trl.GRPOConfig, trl.GRPOTrainer = RolloutConfig, GRPOTrainer
     elif what == "generate":
         from transformers.generation import GenerationMixin
 

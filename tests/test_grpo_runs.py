@@ -45,7 +45,7 @@ def train(plan: str, folder: Path, processes: int, **more: Any) -> GRPOTrainer:
     rows = Dataset.from_list([{"prompt": " ".join(f"w{3 + (i * j) % 90}" for j in range(1, 4 - i % 2))}
                               for i in range(1, 9)])  # fmt: skip
     args = GRPOConfig(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=8 // processes, num_generations=4,
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=8 // processes, num_generations=4,
         gradient_accumulation_steps=2, max_completion_length=8, optim="sgd", learning_rate=0.05, mtp_learning_rate=0.05,
         lr_scheduler_type="constant", max_grad_norm=0.5, logging_steps=1, save_strategy="no", report_to=[],
         disable_tqdm=True, use_cpu=True, bf16=False, generation_kwargs={"do_sample": False}, num_speculative_tokens=2,
@@ -64,7 +64,9 @@ def worker(folder: Path) -> None:
 
     torch.set_num_threads(1)
     allow_fsdp_on_a_cpu()
-    jobs = [("ddp", plan, {}) for plan in PLANS] + [("fsdp", plan, FSDP) for plan in ("standalone", "joint", "none")]
+    jobs = [("ddp", plan, {}) for plan in ("standalone", "joint", "lora")] + [
+        ("fsdp", plan, FSDP) for plan in ("standalone", "joint", "none")
+    ]
     for name, plan, arguments in jobs:
         path = folder / f"{name}-{plan}"
         path.mkdir(exist_ok=True)
@@ -99,7 +101,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, GRPO
     return folder, alone
 
 
-CASES = [("ddp", plan) for plan in PLANS] + [("fsdp", plan) for plan in ("standalone", "joint", "none")]
+CASES = [("ddp", plan) for plan in ("standalone", "joint", "lora")] + [
+    ("fsdp", plan) for plan in ("standalone", "joint", "none")
+]
 
 
 @pytest.mark.parametrize(("way", "plan"), CASES)
@@ -109,7 +113,7 @@ def test_two_processes_learn_and_draft_what_one_does(way, plan, runs):
     assert about["model"] == ("DistributedDataParallel" if way == "ddp" else "FSDPTRLModel")
     made = alone[plan]
     logs = [[entry for entry in log if "loss" in entry] for log in (made.state.log_history, about["logs"])]
-    assert len(logs[0]) == len(logs[1]) == 3
+    assert len(logs[0]) == len(logs[1]) == 2
     for one, two in zip(*logs, strict=True):
         for name in ("loss", "mtp_loss", "reward", "completions/mean_length", "accuracy_1", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name

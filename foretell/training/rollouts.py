@@ -99,7 +99,7 @@ class RolloutTraining(TRLTraining):
         """Whatever the decoder cannot honour is said before the first rollout: two short texts are decoded."""
         config = copy.deepcopy(self.generation_config)
         config.min_length, config.min_new_tokens, config.max_new_tokens = 0, None, 2
-        Plan.of(self.decoder, **self._drafting())
+        Plan.of(self.decoder, **self._drafting(warm=True))
         refuse_unsupported(config, {})
         if self.is_fsdp_enabled:  # some processes may not have the weights yet
             return
@@ -110,10 +110,10 @@ class RolloutTraining(TRLTraining):
 
     # -- rolling out ---------------------------------------------------------------------------------------------------
 
-    def _drafting(self) -> dict[str, Any]:
-        """Of MTPModel.generate, in this step: a module that still warms up does not draft."""
+    def _drafting(self, warm: bool) -> dict[str, Any]:
+        """Of MTPModel.generate: a module that still warms up does not draft."""
         args: Any = self.args
-        names = [name for name in args.mtp_drafter.split("+") if name != "mtp" or self._is_warm()]
+        names = [name for name in args.mtp_drafter.split("+") if name != "mtp" or warm]
         looks = [name for name in names if name in ("lookup", "history")]
         return {
             "drafter": "+".join([*(["mtp"] if "mtp" in names else []), *(["lookup"] if looks else [])]) or "mtp",
@@ -121,14 +121,14 @@ class RolloutTraining(TRLTraining):
             "history": "history" in names,
         }
 
-    def _is_warm(self) -> bool:
-        return self.state.global_step >= self.args.mtp_warmup_steps
-
     def _decode(self, ids_BT: Tensor, mask_BT: Tensor, config: Any) -> Any:
         """As MTPModel.generate, with the trainer's settings standing for the policy's own too."""
         policy, before = self.decoder.model, self.decoder.model.generation_config
         config = policy.generation_config = copy.deepcopy(config)
         config.return_dict_in_generate = True
+        # TRL hangs its fused loss on the model itself, where a GPU's recorded steps would have to look out for it
+        inner = self.decoder.target.model.__dict__
+        fused = inner.pop("forward", None)
         try:
             return self.decoder.generate(
                 ids_BT,
@@ -136,10 +136,12 @@ class RolloutTraining(TRLTraining):
                 generation_config=config,
                 tokenizer=self._tokenizer if config.stop_strings else None,
                 synced_gpus=False,  # what is sharded is whole now
-                **self._drafting(),
+                **self._drafting(self.state.global_step >= self.args.mtp_warmup_steps),
             )
         finally:
             policy.generation_config = before
+            if fused is not None:
+                inner["forward"] = fused
 
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: Any, *more: Any, **kw: Any
@@ -290,15 +292,17 @@ def _checked(rewards: Any) -> Any:
     name = getattr(rewards, "__name__", type(rewards).__name__)
 
     def numbers(found: Any) -> Any:
-        for at, reward in enumerate(found if isinstance(found, (list, tuple)) else []):
+        try:
+            values = list(found)
+        except TypeError as error:
+            raise ValueError(f"reward_funcs: {name} gave {type(found).__name__}, wanted a list of numbers.") from error
+        for at, reward in enumerate(values):
             if reward is not None and not math.isfinite(reward):
                 raise ValueError(
                     f"reward_funcs: {name} gave {reward} to completion {at}, wanted a finite number, or None where it "
                     "does not apply."
                 )
-        if not isinstance(found, (list, tuple, Tensor)):
-            raise ValueError(f"reward_funcs: {name} gave {type(found).__name__}, wanted a list of numbers.")
-        return found
+        return values
 
     call = rewards if inspect.isroutine(rewards) else type(rewards).__call__
     if inspect.iscoroutinefunction(call):

@@ -220,16 +220,32 @@ def train(
     """A module, and what its training was."""
     _, module, training, *_ = row
     preset = load_preset("demo")
-    settings = {name: value for name, value in {**preset["module"], **module}.items() if value is not None}
-    training = {**preset["training"], "seed": 0, **training}
+    return train_for(model, {**preset["module"], **module}, {**preset["training"], **training}, answers, seconds, ids_M)
+
+
+def train_for(
+    model: Any,
+    module: dict[str, Any],
+    training: dict[str, Any],
+    answers: list[dict[str, Any]],
+    seconds: float,
+    ids_M: Tensor,
+) -> tuple[MTPModel, dict[str, Any]]:
+    """A module that learned for so many seconds (None takes a setting away), and what that was; on a CPU seconds of
+    this process, of which other work takes none.
+    """
+    training = {"seed": 0, **training}
     torch.manual_seed(training["seed"])
-    mtp = get_mtp_model(model, settings)
-    mtp.module.set_draft_vocabulary(ids_M)
+    mtp = get_mtp_model(model, {name: value for name, value in module.items() if value is not None})
+    if module.get("draft_vocab_size"):
+        mtp.module.set_draft_vocabulary(ids_M)
+    on_cpu = mtp.device.type == "cpu"
     args = MTPTrainingArguments(
         **training, output_dir="runs/quality/training", max_steps=1_000_000, lr_scheduler_type="constant",
-        save_strategy="no", report_to="none", logging_steps=20, train_sampling_strategy="group_by_length", use_cpu=True,
+        save_strategy="no", report_to="none", logging_steps=20, train_sampling_strategy="group_by_length",
+        use_cpu=on_cpu,
     )  # fmt: skip
-    clock = TimeBudget(seconds, args.learning_rate, clock=time.process_time)
+    clock = TimeBudget(seconds, args.learning_rate, clock=time.process_time if on_cpu else time.monotonic)
     trainer = MTPTrainer(model=mtp, args=args, train_dataset=answers, callbacks=[clock])
     clock.trainer = trainer
     trainer.train()

@@ -248,6 +248,7 @@ def test_a_lossless_way_that_answers_otherwise_fails(place, capsys, monkeypatch)
         (("--policies", "static_k:9"), "static_k"),
         (("--policies", "lossless", "lossless"), "each once"),
         (("--prompts", "demo"), "prompts, tasks: got both"),
+        (("--repeats", "2"), "repeats: got 2 beside tasks"),
     ],
 )
 def test_bad_tasks_are_refused(more, wanted, place, capsys):

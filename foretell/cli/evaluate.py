@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,9 @@ class MeasureSettings(WorkloadSettings):
         return found
 
 
+NOT_OF_TASKS = ("temperature", "max_new_tokens", "repeats", "precision", "minutes", "thinking")
+
+
 @dataclass(kw_only=True)
 class EvaluateSettings(MeasureSettings):
     """Flags of `foretell evaluate`."""
@@ -79,8 +82,10 @@ class EvaluateSettings(MeasureSettings):
             mine.append(f"prompts, tasks: got {'both' if self.tasks else 'neither'}, wanted one of them.")
         if not self.tasks and self.policies != ["lossless"]:
             mine.append(f"policies: got {self.policies} without tasks, which alone are scored by them.")
-        elif self.tasks and self.temperature:
-            mine.append("temperature: got one beside tasks, which say themselves how they are answered.")
+        for one in fields(self) if self.tasks else ():
+            asked = getattr(self, one.name)
+            if one.name in NOT_OF_TASKS and asked != one.default:
+                mine.append(f"{one.name}: got {asked} beside tasks, which say themselves how they are answered.")
         if self.tasks and (not self.policies or len(set(self.policies)) < len(self.policies)):
             mine.append(f"policies: got {self.policies}, wanted at least one, each once.")
         return super().problems() + mine

@@ -36,18 +36,26 @@ class Picture:
     heads: list[str]
     rows: list[list[Any]]
 
-    def html(self, path: Path, number: int) -> Html:
-        """The figure with its table; writes its PNG as `path`."""
+    def save(self, *files: Any) -> None:
+        """Draw into files or streams: PNG on white where the name says so, else SVG."""
         from cycler import cycler
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         with rc_context(LOOK | {"axes.prop_cycle": cycler(color=SHADES)}):
-            figure = Figure(figsize=(7.2, max(2.6, 0.42 * len(self.rows)) if "speed" in self.name else 3.4))
+            figure = Figure(figsize=(7.2, max(2.6, 0.42 * len(self.rows)) if self.name == "speed" else 3.4))
             self.draw(figure.subplots())
-            figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
-            text = io.StringIO()
-            figure.savefig(text, format="svg", bbox_inches="tight", transparent=True)
+            for file in files:
+                png = isinstance(file, Path) and file.suffix == ".png"
+                how: dict[str, Any] = (
+                    {"dpi": 150, "facecolor": "white"} if png else {"format": "svg", "transparent": True}
+                )
+                figure.savefig(file, bbox_inches="tight", metadata=None if png else {"Date": None}, **how)
+
+    def html(self, path: Path, number: int) -> Html:
+        """The figure with its table; writes its PNG as `path`."""
+        text = io.StringIO()
+        self.save(path, text)
         svg = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>| xmlns(:\w+)?=\"[^\"]*\"", "", text.getvalue())
         for drawn, variable in COLOURS.items():
             svg = svg.replace(drawn, f"var(--{variable})")
@@ -62,7 +70,7 @@ def pictures(result: Result) -> Iterator[Picture]:
     """Of a run of evaluate (with tasks too), of sweep, or of a training's log; nothing of what was not measured."""
     ways = [way for way in result.get("ways") or () if isinstance(way.get("times_off"), dict)]
     if ways:
-        yield _speed(ways)
+        yield speeds(ways, "times drafting off, with 95 % intervals")
     for way, given in (result.get("acceptance") or {}).items():
         yield _lines(
             "depth", "Acceptance by depth of the draft", "depth",
@@ -86,7 +94,8 @@ def pictures(result: Result) -> Iterator[Picture]:
         yield _lines("training", "Tokens per verification over training", "step", found, at)
 
 
-def _speed(ways: list[Result]) -> Picture:
+def speeds(ways: list[Result], axis: str) -> Picture:
+    """A bar for each way's `times_off`."""
     ratios = [way["times_off"] for way in ways]
     labels = [way["label"] for way in ways]
 
@@ -98,10 +107,10 @@ def _speed(ways: list[Result]) -> Picture:
         axes.axvline(1, color=SOFT, linewidth=1)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("times drafting off, with 95 % intervals")
+        axes.set_xlabel(axis)
 
     rows = [[n, fixed(r["ratio"], 2), fixed(r["low"], 2), fixed(r["high"], 2)] for n, r in zip(labels, ratios)]
-    return Picture("speed", "Speed against drafting off", draw, ["way", "times", "low", "high"], rows)
+    return Picture("speed", "Speed, in " + axis, draw, ["way", "times", "low", "high"], rows)
 
 
 def _lines(name: str, title: str, of: str, lines: dict[str, list[float]], at: list[float] | None = None) -> Picture:

@@ -69,7 +69,8 @@ LEAST_RATE = 3e-4  # the middle of a search is no lower: published rates of long
 SEARCH = 0.25  # of an entry's seconds, all rates together
 TRAINING = 0.7  # of the minutes, all trainings together
 SCHEDULE = ("lr_scheduler_type", "warmup_steps", "max_steps", "gradient_accumulation_steps")  # a clock decides these
-DRAFTS, TAU_PROMPTS, TAU_TOKENS = 3, 16, 64  # where tau is told
+DRAFTS, TAU_PROMPTS, TAU_TOKENS = 3, 16, 64  # where tau is told; ours drafts as deep as the module is
+CYCLES = [2, 3, 4]  # tokens a cycle of economize: the fastest on a few prompts is what it is timed with
 
 
 @dataclass(kw_only=True)
@@ -249,11 +250,12 @@ class Peer:
         about = self.ask("train", technique=technique, **given)
         if "error" in about:
             return about
-        return about | {"tau": self.load(technique, folder, TAU_PROMPTS)["paces"]["4"]["tau"]}
+        return about | {"tau": self.load(technique, folder, TAU_PROMPTS, [1 + DRAFTS])["tau"]}
 
-    def load(self, name: str, folder: str, prompts: int) -> dict[str, Any]:
+    def load(self, name: str, folder: str, prompts: int, cycles: list[int]) -> dict[str, Any]:
+        """cycles: tokens a cycle, of which the fastest on these prompts stays."""
         threads = self.board.settings.threads
-        given = {"prompts": self.prompts[:prompts], "tokens": TAU_TOKENS, "threads": threads}
+        given = {"prompts": self.prompts[:prompts], "tokens": TAU_TOKENS, "threads": threads, "cycles": cycles}
         return self.ask("load", name=name, folder=folder, **given)
 
     def way(self, name: str, tokens: int) -> Way:
@@ -304,7 +306,7 @@ def measured(settings: LeaderboardSettings) -> dict[str, Any]:
         full = f"economize {name}"
         entries[full] = searched(jobs, peer.run, full, PEERS[name], seconds, settings.seeds, folder)
         if "error" not in entries[full]:
-            entries[full]["cycle"] = peer.load(name, str(folder), 4)["cycle"]
+            entries[full]["cycle"] = peer.load(name, str(folder), 4, CYCLES)["cycle"]
     torch.set_num_threads(settings.threads)
     result = {
         "settings": {

@@ -24,7 +24,6 @@ TECHNIQUES: dict[str, Any] = {
     "mtp": lambda layers: VendorMTPConfig(train_steps=3),
     "medusa": lambda layers: MedusaConfig(num_heads=3, head="shared"),
 }
-CYCLES = (2, 3, 4)  # tokens a cycle: the fastest on a few prompts is what it is timed with
 BATCH = 4
 FEW = 3  # steps that tell what one costs
 
@@ -93,19 +92,21 @@ class Peer:
         about = {"steps": len(tokens), "answer_tokens": sum(tokens), "seconds": spent, "memory_bytes": peak - before}
         return about | {"parameters": sum(p.numel() for p in model.technique_parameters())}
 
-    def load(self, name: str, folder: str, prompts: list[list[int]], tokens: int, threads: int) -> dict[str, Any]:
+    def load(
+        self, name: str, folder: str, prompts: list[list[int]], tokens: int, threads: int, cycles: list[int]
+    ) -> dict[str, Any]:
         """Attach, and choose the tokens a cycle by time."""
         torch.set_num_threads(threads)
         model, paces = economize.load(self.base, folder), {}
-        for cycle in CYCLES:
+        for cycle in cycles:
             self.models[name] = (model, cycle)
             self.decode(name, prompts[:1], tokens)  # what is made once is not measured
-            spent = written = cycles = 0.0
+            spent = written = rounds = 0.0
             for prompt in prompts:
                 found = self.decode(name, [prompt], tokens)
                 spent, written = spent + found["seconds"], written + len(found["tokens"][0])
-                cycles += found["cycles"]
-            paces[cycle] = {"tokens_per_second": written / spent, "tau": written / cycles}
+                rounds += found["cycles"]
+            paces[cycle] = {"tokens_per_second": written / spent, "tau": written / rounds}
         best = max(paces, key=lambda cycle: paces[cycle]["tokens_per_second"])
         self.models[name] = (model, best)
         return {"cycle": best, "tau": paces[best]["tau"], "paces": paces}

@@ -291,7 +291,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axis, name in zip(axes, ("tau", "tau, ten times the rate", "reward"), strict=True):
         axis.set_xlabel("step")
         axis.set_title(name)
-        axis.legend(fontsize=6)
+        if axis.lines:
+            axis.legend(fontsize=6)
     save_figure(figure, path)
 
 
@@ -313,7 +314,10 @@ def main() -> int:
         while any(thread.is_alive() for thread in threads):  # what is there is kept, should this be killed
             threads[-1].join(60)
             write_json_atomic(path, result)
-        result |= {"provenance": provenance(), "settings": {n: v for n, v in vars(settings).items() if n != "model"}}
+        result |= {
+            "provenance": provenance(),
+            "settings": {n: v for n, v in vars(settings).items() if n not in ("model", "work", "output")},
+        }
         summed(found)
         for arm, about in found.items():
             shown = {n: round(v, 3) for n, v in about.items() if isinstance(v, (int, float))}

@@ -302,6 +302,34 @@ def selfdistill_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def rl_table(result: dict[str, Any]) -> list[str]:
+    """Arms of benchmarks/rl.py: rollouts in CPU time, steps, tau."""
+    arms = {arm: about for arm, about in result["arms"].items() if "tokens_per_cpu_second" in about}
+    steps = min(len(about["steps"]) for about in arms.values())
+    lines = [
+        "| | tokens a CPU second | times off | times TRL's | step, CPU s | in rollouts | tau | reward as off's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, about in arms.items():
+        same = "/".join(map(str, about["same_as_off"])) if "same_as_off" in about else ""
+        lines.append(
+            f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {about.get('times_off', 0):.2f} | "
+            f"{about.get('times_trl', 0):.2f} | {about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | "
+            f"{about['tau']:.2f} | {same} |"
+            if "tau" in about
+            else f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {about.get('times_off', 0):.2f} | 1.00 | "
+            f"{about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | 1 | {same} |"
+        )
+    asked = result["settings"]
+    return [
+        *lines,
+        "",
+        f"SmolLM2-135M-Instruct, fp32, one thread, {steps} steps of {asked['group']} rollouts",
+        f"of up to {asked['new_tokens']} tokens, temperature {asked['temperature']}, rate {asked['learning_rate']};",
+        "the first step is left out. " + where(result["provenance"]),
+    ]
+
+
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("demo", "README.md", "demo", demo_table),
     ("speed", "README.md", "speed", speed_table),
@@ -312,6 +340,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("step", "docs/sft.md", "heads", step_table),
     ("masked", "docs/masked.md", "masked", masked_table),
     ("selfdistill", "docs/selfdistill.md", "selfdistill", selfdistill_table),
+    ("rl", "docs/rl.md", "rl", rl_table),
 ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +35,7 @@ STANDS_FOR = {
     "mtp_loss_weight=0.5)": "mtp_loss_weight=0.5, max_steps=1, use_cpu=True)",
     "SFTConfig(\n": "SFTConfig(\n    use_cpu=True,\n",
     "max_new_tokens=128": "max_new_tokens=12",
+    "GRPOConfig(output_dir": "GRPOConfig(max_steps=1, use_cpu=True, max_completion_length=4, output_dir",
 }
 
 
@@ -74,6 +75,10 @@ def test_python_in_the_documents_runs(file, folder):
     names |= {"model": model, "tokenizer": tokenizer, "inputs": {"input_ids": torch.arange(11, 20)[None]}}
     names["rows"] = load_dataset("json", data_files="chats.jsonl", split="train")
     for block in snippets(file, "python"):
+        if "GRPOTrainer" in block:
+            get_mtp_model(model, {"method": "sequential", "depth": 1}).save_pretrained("MODULE")
+            names |= {"policy": model, "reward": lambda completions, **_: [float(len(text)) for text in completions]}
+            names["rows"] = Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(11, 19)])
         if "MTPTrain" in block:  # what was imported further up on the page
             exec("from foretell import MTPTrainer, MTPTrainingArguments, get_mtp_model", names)
         elif "trainer." not in block and "mtp" not in names:

@@ -283,7 +283,7 @@ def rivals(settings: ServeSettings, path: str) -> Iterator[tuple[str, list[str],
         (omp,) = Path(settings.vllm).parents[1].glob("lib/libiomp5.so")
         spare = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "LD_PRELOAD": str(omp)}
         words = [settings.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", path, *NAMED]
-        words += ["--dtype", "float32", "--max-model-len", "1024"]
+        words += ["--dtype", "float32", "--max-model-len", "1024", "--no-enable-prefix-caching"]
         yield "vLLM", words, spare
         ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
         yield "vLLM, ngram", [*words, "--speculative-config", ngram], spare

@@ -89,7 +89,8 @@ class Peer:
             fit(model, examples, steps=steps, callbacks=[told], **how)
         spent, peak = seconds() - start, resident()["VmHWM"]
         model.save_pretrained(folder)
-        about = {"steps": len(tokens), "answer_tokens": sum(tokens), "seconds": spent, "memory_bytes": peak - before}
+        read = sum(tokens) + FEW * BATCH * answer  # the steps that told the cost read answers too
+        about = {"steps": len(tokens), "answer_tokens": read, "seconds": spent, "memory_bytes": peak - before}
         return about | {"parameters": sum(p.numel() for p in model.technique_parameters())}
 
     def load(

@@ -77,7 +77,8 @@ class Served:
             answer = connection.getresponse()
             raw = answer.read()
             kind = answer.headers.get("content-type", "")
-            return answer.status, json.loads(raw) if "json" in kind else raw.decode(), dict(answer.headers.items())
+            said = json.loads(raw) if raw and "json" in kind else raw.decode()
+            return answer.status, said, dict(answer.headers.items())
 
     def complete(self, prompt: Any, path: str = "/v1/completions", **body: Any) -> dict:
         """The answer to a completion."""

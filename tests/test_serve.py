@@ -20,12 +20,14 @@ from datasets import load_dataset
 from drafters import knowing_mtp, leaning_model
 from serving import Served, byte_tokenizer, chat_tokenizer, tiny_served, wait_for
 from tiny import tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from foretell.cli.regenerate import main as regenerate
 from foretell.cli.serve import main as serve
 from foretell.serving import app
-from foretell.serving.detokenizer import Detokenizer
+from foretell.serving.detokenizer import Detokenizer, token_bytes
 
 PROMPTS = ["w25 w29 w30", "w7", "w40 w41 w42 w43 w44 w45 w46", "w9 w9 w9 w9", "w60 w3"]
 
@@ -277,6 +279,32 @@ def test_bytes_that_never_make_a_character_are_shown_and_cost_no_more():
         assert detokenizer.text == tokenizer.decode(ids)
 
 
+def test_bytes_of_tokens_make_the_text():
+    """Of pieces of characters too, in byte-level vocabularies and in those that fall back to bytes."""
+    tokenizer = byte_tokenizer(("t", "h"))
+    for text in ("thé 日本語 😀", "\ufffd", "plain"):
+        ids = tokenizer(text)["input_ids"]
+        assert b"".join(token_bytes(tokenizer, token) for token in ids).decode() == text
+    words = {"<unk>": 0, "▁th": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
+    made = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    assert b"".join(token_bytes(tokenizer, token) for token in tokenizer("é😀")["input_ids"]).decode() == "é😀"
+    assert token_bytes(tokenizer, 1) is None
+
+
+def test_log_probabilities_tell_the_bytes_of_pieces_of_characters():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    served = Served(knowing_mtp(leaning_model(vocab_size=len(tokenizer))), tokenizer)
+    try:
+        (first, *_) = tokenizer("😀")["input_ids"]
+        how = {"max_tokens": 2, "logprobs": True, "top_logprobs": 1, "logit_bias": {str(first): 100}}
+        (choice,) = served.send("/v1/chat/completions", {"messages": chat("a"), **how})[1]["choices"]
+        assert [one["bytes"] for one in choice["logprobs"]["content"]] == [[0xF0]] * 2
+    finally:
+        served.stop()
+
+
 # -- what is refused
 
 WRONG = [
@@ -297,6 +325,8 @@ WRONG = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
+    ({"temperature": 1e-40}, "temperature"),
+    ({"repetition_penalty": 1e-320}, "repetition_penalty"),
     ({"temperature": float("nan")}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_p": 1.5}, "top_p"),
@@ -340,6 +370,15 @@ def test_what_is_not_done_is_refused_by_name(served, body, param):
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+def test_nobody_is_told_to_write_what_was_written(served):
+    answer = served.send("/v1/completions", {"prompt": "w7", "max_completion_tokens": 3})[1]
+    assert (
+        answer["error"]["param"] == "max_completion_tokens" and "mean max_completion" not in answer["error"]["message"]
+    )
+    answer = served.send("/v1/completions", {"prompt": "w7", "temprature": 3})[1]
+    assert "did you mean temperature?" in answer["error"]["message"]
+
+
 def test_values_that_ask_for_nothing_are_taken(served):
     nothing = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "user": None, "stop": None}
     nothing |= {"logit_bias": None, "logprobs": False, "temperature": None, "n": 1, "stream": False}
@@ -379,9 +418,25 @@ def test_prompts_that_do_not_fit(served):
         count = 512 + ("chat" in path)
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
         assert f"got {count} tokens" in answer["error"]["message"] and "context of 512" in answer["error"]["message"]
-    for prompt in ("", [], [[]], [5, "w7"], [[5], [97]], {"a": 1}, [[5]] * 33, [True], "\ud800", ["w7", "\udfff w7"]):
+    for prompt in (
+        "",
+        [],
+        [[]],
+        [5, "w7"],
+        [[5], [97]],
+        {"a": 1},
+        [[5]] * 33,
+        [True],
+        "\ud800",
+        ["w7", "\udfff w7"],
+        [-1],
+        [[5], [10**30]],
+    ):
         status, answer, _ = served.send("/v1/completions", {"prompt": prompt})
         assert status == 400 and answer["error"]["param"] == "prompt", prompt
+    for room in (1, 15, 16, 17):  # 16 is what nobody asked for: as many as fit
+        answer = served.send("/v1/completions", {"prompt": [5] * (512 - room), "ignore_eos": True})[1]
+        assert answer["usage"]["completion_tokens"] == min(16, room)
     status, answer, _ = served.send("/v1/completions", {"prompt": [[5]] * 32, "n": 16, "max_tokens": 1})
     assert status == 400 and "got 512 answers to 32 prompts, wanted 72" in answer["error"]["message"]
 
@@ -390,7 +445,13 @@ def test_tokenize_version_health(served):
     assert served.send("/tokenize", {"prompt": "w7 w8"})[1] == {"count": 2, "max_model_len": 512, "tokens": [7, 8]}
     assert served.send("/tokenize", {"messages": chat("w7")})[1]["tokens"] == [7, 50]
     assert served.send("/tokenize", {"messages": chat("w7"), "prompt": "w7"})[0] == 400
+    for flag, status in ((True, 400), (False, 200)):
+        assert served.send("/tokenize", {"messages": chat("w7"), "add_special_tokens": flag})[0] == status
     assert served.send("/health")[0] == 200 and "version" in served.send("/version")[1]
+    assert served.send("/health", method="HEAD")[:2] == (200, "") == served.send("/", method="HEAD")[:2]
+    for path, methods in (("/health", {"GET", "HEAD"}), ("/v1/chat/completions", {"POST"})):
+        status, answer, headers = served.send(path, method="DELETE")
+        assert status == 405 and set(headers["allow"].split(", ")) == methods and "error" in answer
     assert served.send("/health", X_Request_Id="mine")[2]["x-request-id"] == "mine"
     assert served.send("/v1/models")[1]["data"][0]["max_model_len"] == 512
 
@@ -399,13 +460,23 @@ def test_a_key_is_asked_for():
     served = tiny_served(api_key="right")
     try:
         good = {"prompt": "w7", "max_tokens": 2}
-        for key in (None, "Bearer wrong", "Bearer ", "Bearer rightly", "Bearer righ", "Basic right", "Bearer riéht"):
+        for key in (
+            None,
+            "Bearer wrong",
+            "Bearer ",
+            "Bearer rightly",
+            "Bearer righ",
+            "Basic right",
+            "Bearer riéht",
+            "right",
+        ):
             heads = {} if key is None else {"Authorization": key}
             for path, body in (("/v1/completions", good), ("/v1/models", None), ("/tokenize", {"prompt": "w7"})):
                 status, answer, headers = served.send(path, body, **heads)
                 assert status == 401 and answer["error"]["code"] == "invalid_api_key", key
                 assert headers["www-authenticate"] == "Bearer" and "right" not in answer["error"]["message"]
-        assert served.send("/v1/completions", good, Authorization="Bearer right")[0] == 200
+        for scheme in ("Bearer", "bearer"):
+            assert served.send("/v1/completions", good, Authorization=f"{scheme} right")[0] == 200
         assert served.send("/health")[0] == served.send("/")[0] == served.send("/metrics")[0] == 200
         with openai.OpenAI(base_url=served.url + "/v1", api_key="right") as client:
             assert client.completions.create(model="tiny", **good).choices[0].text

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from foretell.serving.detokenizer import Detokenizer
+from foretell.serving.detokenizer import Detokenizer, token_bytes
 from foretell.serving.engine import Engine
 from foretell.serving.metrics import Metrics, Times
 from foretell.serving.requests import Piece, Request, Running
@@ -30,9 +30,7 @@ ASKED = (  # of the engine, as clients say it
 class Refused(HTTPException):
     """A request, or the rest of one, that is answered by an error in OpenAI's shape."""
 
-    def __init__(
-        self, status: int, message: str, code: str, param: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, headers: Any = None) -> None:
         super().__init__(status, message, headers)
         self.code = code
         kind = "server_error" if status >= 500 else "invalid_request_error"
@@ -112,12 +110,13 @@ class Reply:
         self.head: dict[str, Any] = {"id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"}
         self.head |= {"created": int(time.time()), "model": model}
         asked = {name: getattr(body, name) for name in ASKED}
-        asked |= {"max_new_tokens": body.most_tokens, "logprobs": body.scored}
+        asked["logprobs"] = body.scored
         drawn = any(asked[name] is not None for name in ("top_p", "top_k", "min_p"))
         if drawn and asked["temperature"] is None and not engine.mtp.model.generation_config.do_sample:
             asked["temperature"] = 1.0  # OpenAI's default: who narrows a draw wants one
         self.choices = []
         for ids in prompts:
+            asked["max_new_tokens"] = body.most_tokens(engine.max_context - len(ids))
             for number in range(body.n):  # each draws on its own
                 seed = None if body.seed is None else (body.seed + number + 2**63) % 2**64 - 2**63
                 detokenizer = Detokenizer(tokenizer, () if self.chat else ids, body.stop)
@@ -231,7 +230,9 @@ class Reply:
     def _scored(self, token: Token) -> dict[str, Any]:
         def entry(id_: int, logprob: float) -> dict[str, Any]:
             word = self._word(id_)
-            return {"token": word, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(word.encode())}
+            read = token_bytes(self.tokenizer, id_) if "\ufffd" in word else None  # of a piece of a character, its own
+            bytes_ = list(read or word.encode())
+            return {"token": word, "logprob": max(logprob, LEAST_LOGPROB), "bytes": bytes_}
 
         return {**entry(token.id, token.logprob), "top_logprobs": [entry(*one) for one in token.top]}
 

@@ -73,8 +73,9 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", name)]
             await in_time(send(message), STALLED_SECONDS)
 
-        given, app = headers.get(b"authorization", b"").removeprefix(b"Bearer "), self.app
-        if self.key is not None and scope["path"].startswith(GUARDED) and not hmac.compare_digest(given, self.key):
+        (scheme, _, given), app = headers.get(b"authorization", b"").partition(b" "), self.app
+        known = scheme.lower() == b"bearer" and (self.key is None or hmac.compare_digest(given, self.key))
+        if self.key is not None and scope["path"].startswith(GUARDED) and not known:
             self.metrics.refused("invalid_api_key")
             app = Refused(
                 401, "Authorization: wanted Bearer and this server's key.", "invalid_api_key",
@@ -136,7 +137,7 @@ class Server:
             "/v1/models/{name:path}": self.model,
         }
         for path, function in routes.items():
-            self.app.add_api_route(path, function, response_model=None)
+            self.app.add_api_route(path, function, methods=["GET", "HEAD"], response_model=None)
         routes = {"/tokenize": self.tokenize, "/v1/completions": self.completion, "/v1/chat/completions": self.chat}
         for path, function in routes.items():
             self.app.add_api_route(path, function, methods=["POST"], response_model=None)
@@ -154,10 +155,10 @@ class Server:
             message, param = told(error.errors())
             error = Refused(400, message, "invalid_request", param)
         elif not isinstance(error, Refused):
-            status, said = 500, f"failed: {type(error).__name__}"
+            status, said, headers = 500, f"failed: {type(error).__name__}", None
             if isinstance(error, HTTPException):
-                status, said = error.status_code, error.detail
-            error = Refused(status, f"{request.method} {request.url.path}: {said}.", "no_answer")
+                status, said, headers = error.status_code, error.detail, error.headers
+            error = Refused(status, f"{request.method} {request.url.path}: {said}.", "no_answer", headers=headers)
         self.metrics.refused(error.code)
         return error.response()
 
@@ -213,6 +214,10 @@ class Server:
         if (longest := max(map(len, prompts))) >= room:
             message = f"{param}: got {longest:,} tokens, wanted fewer than the model's context of {room:,}."
             raise Refused(400, message, "context_length_exceeded", param)
+        vocabulary = self.engine.vocab_size
+        if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocabulary][:3]:
+            message = f"{param}: got {wrong}, wanted token ids from 0 to {vocabulary - 1}."
+            raise Refused(400, message, "invalid_request", param)
         count, most = len(prompts) * body.n, self.engine.slots + self.engine.max_queued
         if count > most:
             message = f"n: got {count} answers to {len(prompts)} prompts, wanted {most} at most."

@@ -6,12 +6,24 @@ string waits for what follows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+BYTES = {word: byte for byte, word in bytes_to_unicode().items()}
 WINDOW = 24  # tokens of text so far that a new one is decoded behind, before the oldest are let go
 CONTEXT = 8  # of which so many stay: enough for a character, and for what a tokenizer writes between two words
 CHARACTER = 4  # bytes at most, so tokens: what is older and no character will not become one
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """What a token of a byte-level vocabulary, or one that stands for a byte, is; None for others."""
+    word = tokenizer.convert_ids_to_tokens(token)
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", word):
+        return bytes.fromhex(byte[1])
+    return bytes(BYTES[letter] for letter in word) if all(letter in BYTES for letter in word) else None
 
 
 class Detokenizer:

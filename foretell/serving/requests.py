@@ -90,12 +90,14 @@ class Request:
                 f"max_new_tokens: got {self.max_new_tokens} after a prompt of {length} tokens, wanted at most "
                 f"{context - length}: the model's context is {context} tokens."
             )
-        tiny = 5e-324  # the smallest number above 0
+        tiny, least = 5e-324, 1e-30  # the smallest number above 0; that float32 scores can be divided by
         for name, low, high in (
-            ("temperature", 0, 1e6), ("top_p", tiny, 1), ("min_p", 0, 1), ("repetition_penalty", tiny, 1e6),
+            ("temperature", 0, 1e6), ("top_p", tiny, 1), ("min_p", 0, 1), ("repetition_penalty", least, 1e6),
             ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
         ):  # fmt: skip
             wants(name, number(low, high), "a number " + (f"from {low}" if low != tiny else "above 0") + f" to {high}")
+        if isinstance(self.temperature, float) and 0 < self.temperature < least:
+            found.append(f"temperature: got {self.temperature}, wanted 0, or at least {least}: scores would overflow.")
         wants("top_k", number(-1, math.inf, int), "a whole number; 0 or -1 for none")
         for i, bias in self.logit_bias.items():
             wants("logit_bias", token, wanted_token, i)

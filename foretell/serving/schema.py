@@ -178,9 +178,8 @@ class ChatRequest(Sampling):
             raise ValueError(f"max_tokens: got {both[0]} beside max_completion_tokens {both[1]}, wanted one of them")
         return self
 
-    @property
-    def most_tokens(self) -> int | None:
-        """Of an answer; None: to the end of the context."""
+    def most_tokens(self, room: int) -> int | None:
+        """Of an answer, where the context has room for so many; None: all of it."""
         return self.max_tokens or self.max_completion_tokens
 
     @property
@@ -195,10 +194,9 @@ class CompletionRequest(Sampling):
     prompt: Annotated[Any, BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
-    @property
-    def most_tokens(self) -> int:
-        """Of an answer: OpenAI's default is 16."""
-        return self.max_tokens or 16
+    def most_tokens(self, room: int) -> int | None:
+        """As ChatRequest's: OpenAI's default is 16, as far as they fit."""
+        return self.max_tokens or min(16, room)
 
     @property
     def scored(self) -> int | None:
@@ -218,6 +216,8 @@ class TokenizeRequest(Wire):
     def _one(self) -> Any:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: wanted a prompt or messages, one of them")
+        if self.messages is not None and self.add_special_tokens and "add_special_tokens" in self.model_fields_set:
+            raise ValueError("add_special_tokens: got true with messages, whose special tokens are the chat template's")
         return self
 
 
@@ -232,7 +232,7 @@ def told(errors: Sequence[Any]) -> tuple[str, str | None]:
         if error["type"] == "json_invalid":
             name, text = None, f"body: got no JSON ({error['ctx']['error']} at {error['loc'][-1]})."
         elif error["type"] == "extra_forbidden":
-            known = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+            known = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {words[-1]}  # at the other endpoint
             text = f"{name}: not supported here{nearest(words[-1], known)}. Nothing is ignored: leave it out."
         elif error["type"] == "missing":
             text = f"{name or 'body'}: got nothing, wanted it."

@@ -149,6 +149,16 @@ def test_a_cache_of_answers_belongs_to_its_weights_and_policy(place, tasks, tmp_
         score(ours)
     ours.choose(policy="lossless", num_draft_tokens="auto")
     assert score(ours) == first
+    kept, before = ours.key(), ours.model.generation_config.repetition_penalty
+    ours.model.generation_config.repetition_penalty = 1.5
+    with pytest.raises(ValueError, match="use_cache"):
+        score(ours)
+    ours.model.generation_config.repetition_penalty = before
+    for name, value in (("softmax_dtype", torch.float64), ("custom_prefix_token_id", 5)):
+        other = models(place)[1]
+        assert other.key() == kept
+        setattr(other, name, value)
+        assert other.key() != kept, name
     with torch.no_grad():
         ours.model.lm_head.weight[3] += 1e-3
     with pytest.raises(ValueError, match="use_cache"):

@@ -107,6 +107,8 @@ class ForetellLM(HFLM):
         """Of everything that an answer depends on beside its request."""
         weights = [tensors_digest(dict(part.state_dict())) for part in (self.mtp.model, self.mtp.module)]
         about = [self.how, str(self.mtp.target.dtype), self.batch_size, self.max_length, self.truncation]
+        about += [str(self.model.generation_config), str(self.softmax_dtype), self.prefix_token_id]
+        about += [self.tokenizer.get_vocab(), self.eot_token_id]
         return digest([weights, about, self.add_bos_token, self.think_end_token, self.chat_template_args])
 
     def set_cache_hook(self, cache_hook: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision, load_preset
 
@@ -81,6 +82,9 @@ class MTPArguments:
     def problems(self) -> list[str]:
         """What is wrong with these settings, in plain sentences."""
         found = []
+        for name, kind in get_type_hints(MTPArguments).items():  # a command line checks these by itself
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                found.append(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(get_args(kind))}.")
         if self.mtp_supervision not in SOFT and self.mtp_loss != "ce":
             same = ", which is -log of a label's acceptance too" if self.mtp_loss == "lk" else ""
             found.append(
@@ -91,8 +95,8 @@ class MTPArguments:
             found.append(f"mtp_depth_weights: dpace reads acceptance off ce, tv or lk, got mtp_loss={self.mtp_loss}.")
         if not 0 <= self.mtp_depth_one_first < 1:
             found.append(f"mtp_depth_one_first: got {self.mtp_depth_one_first}, wanted at least 0 and below 1.")
-        if self.mtp_loss_scaling_factor is not None and self.mtp_loss_scaling_factor < 0:
-            found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted at least 0.")
+        if self.mtp_loss_scaling_factor is not None and not 0 <= self.mtp_loss_scaling_factor < math.inf:
+            found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted a number of at least 0.")
         if self.eval_patience is not None and self.eval_patience < 1:
             found.append(f"eval_patience: got {self.eval_patience}, wanted at least 1.")
         mode = self.mtp_training_mode

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import GenerationConfig
+
+from foretell.config import nearest
 from foretell.methods.base import REREADS, GradientMode, MTPConfig, load_preset
 from foretell.training.arguments import MTPArguments
 
@@ -132,12 +135,17 @@ class RolloutArguments(MTPArguments):
         return found
 
     def _engines(self) -> list[str]:
-        """Switches of TRL's that let something else than foretell roll out."""
+        """Switches of TRL's that let something else than foretell roll out, and names that nobody knows."""
         why = {
             "use_vllm": "vLLM rolls out and drafts by its own settings (docs/rl.md has the line)",
             "use_transformers_continuous_batching": "foretell batches continuously by itself; leave it out",
         }
-        return [
+        given = getattr(self, "generation_kwargs", None) or {}
+        known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+        found = [f"generation_kwargs: got {name!r}{nearest(name, known)}" for name in given if name not in known]
+        if given.get("num_return_sequences") not in (None, 1):
+            found.append("generation_kwargs: got num_return_sequences, but num_generations says how many")
+        return found + [
             f"{name}: {said}, or say mtp_drafter='none', and a module learns from what it rolls out"
             for name, said in why.items()
             if getattr(self, name, False)

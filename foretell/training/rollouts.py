@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from foretell.data.collate import to_batch
@@ -38,6 +39,7 @@ from foretell.training.trl_training import TRLModel, TRLTraining
 from foretell.types import IGNORE_INDEX, Verification
 
 HISTORY = "mtp_history_{}.json"  # what a process remembers of its rollouts, in a checkpoint
+LOOKED_AT = 1000  # rows whose prompts are looked at before anything starts
 # of drafters that need no module: nothing of it is asked
 BARE = {"method": "heads", "depth": 1, "head_type": "linear", "share_unembedding": True}
 
@@ -46,6 +48,7 @@ class RolloutTraining(TRLTraining):
     """Between TRLTraining and a trainer of TRL's that generates. Without any of RolloutArguments it does nothing."""
 
     of_trl: Any  # the trainer below
+    tells_logprobs = True  # whether its _generate_single_turn gives (completions, log-probabilities), not them alone
     decoder: MTPModel | None = None  # who rolls out; None: TRL
 
     def __init__(self, model: Any, *more: Any, **kwargs: Any) -> None:
@@ -62,6 +65,9 @@ class RolloutTraining(TRLTraining):
 
     def _refuse_rollouts(self, args: Any, given: dict[str, Any]) -> list[str]:
         found = self._refuse(given) if args.mtp_has_module else []
+        if given.get("environment_factory") is None:  # which brings prompts by itself
+            for name in ("train_dataset", "eval_dataset"):
+                found += _without_prompts(name, given.get(name))
         if given.get("rollout_func") is not None and args.mtp_drafter != "none":
             found.append("rollout_func: it generates by itself, so nothing would draft; say mtp_drafter='none'")
         return found
@@ -146,15 +152,18 @@ class RolloutTraining(TRLTraining):
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: Any, *more: Any, **kw: Any
     ) -> Any:
-        """As TRL's: (completions, their log-probabilities or None), without padding."""
+        """As TRL's: completions without padding, and of log-probabilities None."""
         if not self.args.mtp_asked:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *more, **kw)
         start = time.perf_counter()
         if self.decoder is None:
             with self._policy_alone():
                 out = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *more, **kw)
-            self._turns.append((time.perf_counter() - start, [], sum(map(len, out[0]))))
+            tokens = sum(map(len, out[0] if self.tells_logprobs else out))
+            self._turns.append((time.perf_counter() - start, [], tokens))
             return out
+        if not all(map(len, prompt_ids)):
+            raise ValueError("prompt: got an empty one, wanted at least one token to go on from.")
         T, device = max(map(len, prompt_ids)), self.decoder.device
         pad = self._tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (T - len(ids)) + list(ids) for ids in prompt_ids], device=device)
@@ -166,7 +175,7 @@ class RolloutTraining(TRLTraining):
         texts = [row[:n] for row, n in zip(out.sequences[:, T:].tolist(), lengths, strict=True)]
         texts = [text[: next((i + 1 for i, t in enumerate(text) if t in self.eos_token_ids), None)] for text in texts]
         self._turns.append((time.perf_counter() - start, records, sum(map(len, texts))))
-        return texts, None
+        return (texts, None) if self.tells_logprobs else texts
 
     @contextmanager
     def _policy_alone(self) -> Iterator[None]:
@@ -283,12 +292,30 @@ class RolloutTraining(TRLTraining):
             self.decoder.history.add(text, REMEMBERED)
 
 
+def _without_prompts(name: str, rows: Any) -> list[str]:
+    """What is wrong with a dataset's prompts, as far as its columns and first rows say; other objects are TRL's."""
+    if isinstance(rows, dict):
+        return [problem for key, part in rows.items() for problem in _without_prompts(f"{name}[{key!r}]", part)]
+    if isinstance(rows, Dataset) and (
+        not len(rows) or rows.format["type"] == "custom"
+    ):  # columns made as they are read
+        return [] if len(rows) else [f"{name}: got no rows"]
+    columns = rows.column_names if isinstance(rows, (Dataset, IterableDataset)) else None  # None: nobody knows
+    if columns is not None and "prompt" not in columns:
+        return [f"{name}: got columns {', '.join(columns)}; wanted prompt among them"]
+    first = rows.select_columns("prompt")[:LOOKED_AT]["prompt"] if isinstance(rows, Dataset) else []
+    wrong = [(at, prompt) for at, prompt in enumerate(first) if not isinstance(prompt, (str, list))]
+    return [f"{name}: got the prompt {p!r} in row {at}, wanted a text or a conversation" for at, p in wrong[:1]]
+
+
 def _checked(rewards: Any) -> Any:
     """Reward functions that refuse what is no number. None is TRL's word for a reward that does not apply."""
     if isinstance(rewards, list):
         return [_checked(reward) for reward in rewards]
-    if rewards is None or isinstance(rewards, (str, nn.Module)) or not callable(rewards):
+    if rewards is None or isinstance(rewards, (str, nn.Module)):
         return rewards
+    if not callable(rewards):
+        raise ValueError(f"reward_funcs: got {rewards!r}, wanted a function, a model or a model's name.")
     name = getattr(rewards, "__name__", type(rewards).__name__)
 
     def numbers(found: Any) -> Any:
@@ -297,10 +324,14 @@ def _checked(rewards: Any) -> Any:
         except TypeError as error:
             raise ValueError(f"reward_funcs: {name} gave {type(found).__name__}, wanted a list of numbers.") from error
         for at, reward in enumerate(values):
-            if reward is not None and not math.isfinite(reward):
+            try:
+                fine = reward is None or math.isfinite(reward)
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                fine = False
+            if not fine:
                 raise ValueError(
-                    f"reward_funcs: {name} gave {reward} to completion {at}, wanted a finite number, or None where it "
-                    "does not apply."
+                    f"reward_funcs: {name} gave {reward!r} to completion {at}, wanted a finite number, or None where "
+                    "it does not apply."
                 )
         return values
 

@@ -1,0 +1,109 @@
+"""TRL's RLOOTrainer as its GRPOTrainer; and what a trainer that rolls out refuses by its data and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from drafters import leaning_model
+from test_grpo import BASE, LORA, column, copied, liked, module, prompts, same, timeless
+from tiny import tiny_tokenizer
+
+from foretell.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig
+
+assert module  # a fixture
+
+
+def made_of(kind: Any, config: Any, folder: Path, rows: Any = None, **settings: Any) -> Any:
+    given = {name: settings.pop(name) for name in ("peft_config", "reward_funcs") if name in settings}
+    return kind(
+        model=leaning_model(), **{"reward_funcs": liked, **given}, processing_class=tiny_tokenizer(),
+        args=config(output_dir=str(folder), **{**BASE, **settings}), train_dataset=prompts() if rows is None else rows,
+    )  # fmt: skip
+
+
+def rloo(folder: Path, **settings: Any) -> Any:
+    return made_of(RLOOTrainer, RLOOConfig, folder, beta=0.0, **settings)
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_off_and_disabled_and_standalone_are_trls_rloo_to_the_bit(peft, module, tmp_path):
+    settings = {"max_grad_norm": 0.05, "gradient_accumulation_steps": 3, "peft_config": peft}
+    plain = made_of(trl.RLOOTrainer, trl.RLOOConfig, tmp_path, beta=0.0, **settings)
+    plain.train()
+    wanted = copied(plain.model)
+    off = rloo(tmp_path, **settings)
+    off.train()
+    assert same(off.model, wanted) and timeless(off) == timeless(plain)
+    for mode in ("disabled", "standalone", "joint"):
+        made = rloo(tmp_path, mtp_module=module, mtp_drafter="none", mtp_training_mode=mode, **settings)
+        before = copied(made.mtp.module)
+        made.train()
+        assert same(made.mtp.model, wanted) == (mode != "joint"), mode
+        assert same(made.mtp.module, before) == (mode == "disabled")
+
+
+def test_rloo_accumulation_cannot_be_seen(module, tmp_path):
+    runs = []
+    for batch, steps in ((8, 1), (2, 4)):
+        made = rloo(tmp_path, mtp_module=module, mtp_training_mode="standalone", per_device_train_batch_size=batch,
+                    gradient_accumulation_steps=steps, optim="sgd", max_grad_norm=0.0, max_steps=1)  # fmt: skip
+        made.train()
+        runs.append((copied(made.mtp), column(made, "mtp_loss")[0], column(made, "rollout/tau")[0]))
+    assert runs[0][1:] == pytest.approx(runs[1][1:], rel=1e-5) and runs[0][2] > 1
+    assert all(torch.allclose(runs[0][0][n], runs[1][0][n], atol=2e-6) for n in runs[0][0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"question": "w3 w4", "answer": "w5"}] * 8, "train_dataset: got columns question, answer; wanted prompt"),
+        ([{"prompt": "w3"}] * 7 + [{"prompt": None}], "train_dataset: got the prompt None in row 7"),
+        ([{"prompt": 3}] * 8, "train_dataset: got the prompt 3 in row 0"),
+        ([], "train_dataset: got no rows"),
+    ],
+)
+def test_rows_without_prompts_are_refused(rows, said, module, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        made_of(GRPOTrainer, GRPOConfig, tmp_path, Dataset.from_list(rows), mtp_module=module)
+
+
+def test_a_prompt_without_a_token_is_refused(module, tmp_path):
+    made = made_of(GRPOTrainer, GRPOConfig, tmp_path, Dataset.from_list([{"prompt": ""}] * 8), mtp_module=module)
+    with pytest.raises(ValueError, match="prompt: got an empty one"):
+        made.train()
+
+
+@pytest.mark.parametrize(
+    "value", ["a", [1.0], 1j, 10**400, torch.tensor(torch.nan)], ids=["text", "list", "complex", "huge", "nan"]
+)
+def test_rewards_that_are_no_numbers_are_refused(value, module, tmp_path):
+    def given(completions: list[str], **_: Any) -> list[Any]:
+        return [value] * len(completions)
+
+    with pytest.raises(ValueError, match="reward_funcs: given gave .* to completion 0, wanted a finite number"):
+        made_of(GRPOTrainer, GRPOConfig, tmp_path, mtp_module=module, reward_funcs=given).train()
+    with pytest.raises(ValueError, match="reward_funcs: got 3"):
+        made_of(GRPOTrainer, GRPOConfig, tmp_path, mtp_module=module, reward_funcs=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mtp_training_mode": "frozen"}, "mtp_training_mode: got 'frozen', wanted one of disabled, standalone, joint"),
+        ({"mtp_supervision": "label"}, "mtp_supervision: got 'label', wanted one of labels, teacher"),
+        ({"mtp_loss_scaling_factor": float("nan")}, "mtp_loss_scaling_factor: got nan"),
+        ({"generation_kwargs": {"min_new_token": 2}}, "got 'min_new_token', did you mean min_new_tokens"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "num_generations says how many"),
+    ],
+)
+def test_settings_that_nobody_knows_are_refused(settings, said, module, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        GRPOConfig(output_dir=str(tmp_path), mtp_module=module, **BASE | settings)
+    if "generation_kwargs" not in settings:
+        with pytest.raises(ValueError, match=said.split(": ")[1].split(",")[0]):
+            SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, mtp_enabled=True, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from drafters import leaning_model
 from test_grpo import BASE, LORA, column, copied, liked, module, prompts, same, timeless
 from tiny import tiny_tokenizer
 
+from foretell.cli import main
 from foretell.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig
 
 assert module  # a fixture
@@ -107,3 +109,38 @@ def test_settings_that_nobody_knows_are_refused(settings, said, module, tmp_path
     if "generation_kwargs" not in settings:
         with pytest.raises(ValueError, match=said.split(": ")[1].split(",")[0]):
             SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, mtp_enabled=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ("", (), "rows.jsonl, which is empty"),
+        ('{"prompt": "w3"}\n', ("--eval_strategy", "steps"), "dataset_test_split: got 'test', wanted one of train"),
+        ('{"question": "w3"}\n', (), "train_dataset: got columns question; wanted prompt among them"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_with_its_data(rows, more, said, tmp_path, capsys):
+    leaning_model().save_pretrained(tmp_path / "policy")
+    tiny_tokenizer().save_pretrained(tmp_path / "policy")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    given = {"model_name_or_path": tmp_path / "policy", "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path,
+             "reward_funcs": "get_soft_overlong_punishment", "mtp_drafter": "history", "use_cpu": "true",
+             "bf16": "false", "report_to": "none"}  # fmt: skip
+    assert main(["grpo", *(word for name, value in given.items() for word in (f"--{name}", str(value))), *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_line_resumes(module, tmp_path, capsys):
+    """--resume_from_checkpoint true is Trainer's True, no folder of that name."""
+    leaning_model().save_pretrained(tmp_path / "policy")
+    tiny_tokenizer().save_pretrained(tmp_path / "policy")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w3 w4"}\n' * 8)
+    given = {"model_name_or_path": tmp_path / "policy", "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path,
+             "reward_funcs": "get_soft_overlong_punishment", "mtp_module": module, "use_cpu": "true", "bf16": "false",
+             "report_to": "none", "max_completion_length": 4, "num_generations": 4, "per_device_train_batch_size": 4,
+             "save_steps": 1, "logging_steps": 1}  # fmt: skip
+    words = ["grpo", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    assert main([*words, "--max_steps", "1"]) == 0
+    assert main([*words, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]

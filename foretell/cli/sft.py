@@ -47,8 +47,8 @@ def parsed(verb: str, argv: Sequence[str], scripts: type, config: type) -> tuple
         args,
         {
             "model": model.model_name_or_path,
-            "train_dataset": dataset[script.dataset_train_split],
-            "eval_dataset": dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
+            "train_dataset": _split(dataset, "dataset_train_split", script),
+            "eval_dataset": _split(dataset, "dataset_test_split", script) if args.eval_strategy != "no" else None,
             "quantization_config": get_quantization_config(model),
             "peft_config": get_peft_config(model),
         },
@@ -58,7 +58,8 @@ def parsed(verb: str, argv: Sequence[str], scripts: type, config: type) -> tuple
 def run(trainer: Any, script: Any) -> int:
     """Train, save, and push where that was asked for."""
     args = trainer.args
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    given = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(given).lower() == "true" else given)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"saved in {args.output_dir}")
     if args.push_to_hub:
@@ -75,5 +76,14 @@ def _load(script: Any) -> Any:
         kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
         if kind is None:
             raise ValueError(f"dataset_name: got the file {path}, wanted .jsonl, .json, .parquet or .csv.")
+        if not path.stat().st_size:
+            raise ValueError(f"dataset_name: got {path}, which is empty.")
         return load_dataset(kind, data_files={script.dataset_train_split: str(path)})
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def _split(dataset: Any, name: str, script: Any) -> Any:
+    split = getattr(script, name)
+    if split not in dataset:
+        raise ValueError(f"{name}: got {split!r}, wanted one of {', '.join(dataset)}.")
+    return dataset[split]

@@ -112,8 +112,10 @@ def test_all_that_is_wrong_is_named_at_once():
     ("mask", "row"), [([1] * 7 + [0] * 2, "right"), ([1, 1, 0] + [1] * 6, "hole"), ([0] * 9, "nothing")]
 )
 def test_only_left_padding_is_read(mask, row):
+    how = "This prompt is empty" if row == "nothing" else "padding_side='left'"
     refused(
-        "attention_mask of row 1 must be zeros .left padding. then ones", attention_mask=torch.tensor([[1] * 9, mask])
+        f"attention_mask of row 1 must be zeros .left padding. then ones.*{how}",
+        attention_mask=torch.tensor([[1] * 9, mask]),
     )
 
 

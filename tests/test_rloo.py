@@ -53,7 +53,8 @@ def test_rloo_accumulation_cannot_be_seen(module, tmp_path):
     runs = []
     for batch, steps in ((8, 1), (2, 4)):
         made = rloo(tmp_path, mtp_module=module, mtp_training_mode="standalone", per_device_train_batch_size=batch,
-                    gradient_accumulation_steps=steps, optim="sgd", max_grad_norm=0.0, max_steps=1)  # fmt: skip
+                    gradient_accumulation_steps=steps, optim="sgd", max_grad_norm=0.0, max_steps=1,
+                    num_speculative_tokens=2)  # fmt: skip
         made.train()
         runs.append((copied(made.mtp), column(made, "mtp_loss")[0], column(made, "rollout/tau")[0]))
     assert runs[0][1:] == pytest.approx(runs[1][1:], rel=1e-5) and runs[0][2] > 1

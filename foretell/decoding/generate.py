@@ -284,7 +284,7 @@ def _sequences(input_ids_BT: Tensor, model_kwargs: dict[str, Any]) -> list[Seque
         if left == T or 0 in mask[left:]:
             raise ValueError(
                 f"attention_mask of row {index} must be zeros (left padding) then ones, at least one: got {mask}. "
-                "Set padding_side='left' in the tokenizer."
+                + ("This prompt is empty." if left == T else "Set padding_side='left' in the tokenizer.")
             )
         sequences.append(SequenceState(ids[left:], T - left, index, padding=ids[:left]))
     _check_positions(model_kwargs.get("position_ids"), mask_BT)

@@ -403,6 +403,35 @@ def text_of(case: str, seed: int, curve: CostCurve | None, **more: Any) -> list[
     return out.tolist()
 
 
+class Forbids:
+    """Every token, from the third new one on."""
+
+    of_one_text = True
+
+    def __call__(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+        return scores_BV.masked_fill(torch.tensor(ids_BT.shape[1] >= len(PROMPT) + 2), -math.inf)
+
+
+@pytest.mark.parametrize("what", [{"temperature": 1e-40}, {"logits_processor": [Forbids()]}], ids=["cold", "forbidden"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_draft_tokens": 0},
+        {"num_draft_tokens": 2},
+        {"num_draft_tokens": 2, "drafter": "lookup"},
+        {"num_draft_tokens": 2, "draft_sample_method": "probabilistic"},
+        {"num_draft_tokens": 2, "policy": "typical"},
+    ],
+    ids=["off", "chosen", "lookup", "drawn", "typical"],
+)
+def test_what_makes_no_probabilities_is_said_as_transformers_does(what, how):
+    asked = {"attention_mask": torch.ones(1, len(PROMPT)), "max_new_tokens": 6, "do_sample": True, **what}
+    with pytest.raises(RuntimeError, match="probability tensor contains"):
+        mtp().model.generate(torch.tensor([PROMPT]), **asked)
+    with pytest.raises((ValueError, RuntimeError), match="make no probabilities|probability tensor contains"):
+        mtp().generate(torch.tensor([PROMPT]), **asked, **how)
+
+
 @pytest.mark.parametrize("case", AUTO)
 def test_a_seed_fixes_the_text_under_auto(case):
     """Whatever the clock says of this machine, and whatever was decoded before."""

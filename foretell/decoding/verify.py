@@ -59,7 +59,8 @@ def verify(
         policy: see policies.py.
 
     Raises:
-        ValueError: unknown policy, one that verifies nothing, or scores and drafts of different lengths.
+        ValueError: unknown policy, one that verifies nothing, scores and drafts of different lengths, or scores of a
+            token to draw that make no probabilities.
     """
     check_policy(policy)
     if policy in SPANS:
@@ -70,6 +71,16 @@ def verify(
             f"got scores of shape {tuple(scores_BRV.shape)} for {len(drafts)} sequences of at most {rows - 1} drafts, "
             f"wanted [{len(drafts)}, {rows}, V]: the last token's row first, then one a draft."
         )
+    verdicts = _verdicts(drafts, scores_BRV, uniform_BR, policy)
+    if any(verdict.token < 0 for verdict in verdicts):
+        raise ValueError(
+            "got scores that make no probabilities, wanted a number for one token at least: a temperature or penalty "
+            "that overflows, or logits processors that forbid every token. transformers' generate fails on them too."
+        )
+    return verdicts
+
+
+def _verdicts(drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Tensor | None, policy: str) -> list[Verdict]:
     if policy == "typical":
         return _verify_typical(drafts, scores_BRV, uniform_BR)
     if uniform_BR is None:

@@ -30,11 +30,12 @@ def draw(probs_NV: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def take(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """Long [N]: the token of each row in whose share of [0, 1) the row's number falls. Rows need not sum to 1; a token
-    of probability 0 has no share.
+    of probability 0 has no share. -1 where the row's numbers are none.
     """
     below_NV = probs_NV.double().cumsum(-1)
-    places_N1 = torch.searchsorted(below_NV, (uniform_N.double() * below_NV[:, -1])[:, None], right=True)
-    return places_N1[:, 0].clamp(max=probs_NV.shape[-1] - 1)
+    all_N = below_NV[:, -1]
+    places_N1 = torch.searchsorted(below_NV, (uniform_N.double() * all_N)[:, None], right=True)
+    return places_N1[:, 0].clamp(max=probs_NV.shape[-1] - 1).masked_fill(all_N.isnan(), -1)
 
 
 class Dice:

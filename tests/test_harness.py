@@ -251,6 +251,19 @@ def test_a_lossless_way_that_answers_otherwise_fails(place, capsys, monkeypatch)
     assert "NOT LOSSLESS: lossless, written, document 5" in capsys.readouterr().out
 
 
+def test_samples_are_not_held_against_anybody(place, capsys):
+    """Two runs that draw say other things; only what the weights fix can show that a way is not lossless."""
+    text = WRITTEN.format(name="sampled", rows=place / "rows.jsonl", until='["?"]')
+    (place / "sampled.yaml").write_text(text.replace("do_sample: false", "do_sample: true, temperature: 1.0"))
+    more = ("--tasks", str(place / "sampled.yaml"), str(place / "chosen.yaml"))
+    assert main(words(place, *more, output="sampled.json")) == 0
+    ways = json.loads((place / "sampled.json").read_text())["ways"]
+    assert [way["answers"]["documents"] for way in ways] == [12, 12] and "NOT LOSSLESS" not in capsys.readouterr().out
+    (place / "broken.yaml").write_text("task: [unclosed")
+    assert main(words(place, "--tasks", str(place / "broken.yaml"))) == 2
+    assert "broken.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [

@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
+from yaml import YAMLError
 
 from foretell.config import nearest
 from foretell.decoding.arguments import Plan
@@ -145,7 +146,10 @@ def load_harness_tasks(names: Sequence[str]) -> tuple[Any, list[Any]]:
     missing = [f"{name} (no such file)" for name, paths in files.items() if not paths]
     for name in names:
         if name in files:
-            found += [load_yaml(path, resolve_func=True) for path in files[name]]
+            try:
+                found += [load_yaml(path, resolve_func=True) for path in files[name]]
+            except YAMLError as error:
+                raise ValueError(f"tasks: {name}: {error}") from error
             continue
         known = manager.match_tasks([name])
         found += known
@@ -160,7 +164,7 @@ def load_harness_tasks(names: Sequence[str]) -> tuple[Any, list[Any]]:
 
 def run_tasks(lm: HFLM, tasks: tuple[Any, list[Any]], limit: int | None, seed: int) -> dict[str, Any]:
     """Scores {task: {metric: {value, stderr, each}}}, those of each document where their mean is the score; and the
-    answers as texts, [task, document, answers] each.
+    answers as texts, [task, document, answers] each, but for samples, which nobody gives twice.
     """
     from lm_eval import simple_evaluate
 
@@ -194,8 +198,16 @@ def run_tasks(lm: HFLM, tasks: tuple[Any, list[Any]], limit: int | None, seed: i
         [task, row["doc_id"], row["resps"]]
         for task, rows in sorted(made["samples"].items())
         for row in sorted({row["doc_id"]: row for row in rows}.values(), key=lambda row: row["doc_id"])
+        if not any(_drawn(how) for asked in row["arguments"] for how in asked)
     ]
     return json.loads(json.dumps({"scores": scores, "texts": texts}))  # as it is read back from a file
+
+
+def _drawn(how: Any) -> bool:
+    """Whether these arguments of a request, as the harness reads them, ask for a sample."""
+    given = how if isinstance(how, dict) else {"do_sample": False}
+    asked = given.get("do_sample")
+    return float(given.get("temperature", 0.0)) > 0 if asked is None else bool(asked)
 
 
 def with_interval(score: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -25,8 +25,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ROWS, SIX, ANSWERS, NEW = 7473, 6, 96, 64
 # of each stage: how many processes work side by side
-STAGES = {"prompts": (1,), "encode": (1, 2), "encode-six": (1, 2), "answer": (1, 2), "kept": (1,), "batches": (1,)}
-NEW_ONLY = {"prompts", "kept"}
+STAGES = {
+    "prompts": (1,), "encode": (1, 2), "encode-six": (1, 2), "encode-ten": (1, 2), "answer": (1, 2), "kept": (1,),
+    "batches": (1,),
+}  # fmt: skip
+NEW_ONLY = {"prompts", "encode-ten", "kept"}
 
 
 @contextmanager
@@ -52,7 +55,7 @@ def stage(name: str, work: Path, processes: int) -> dict[str, Any]:
     torch.set_num_threads(2 // processes if name == "answer" else 1)
     model, tokenizer = load_model(None, work / "model")
     found: dict[str, Any] = {}
-    file = str(work / ("six.jsonl" if name == "encode-six" else "one.jsonl"))
+    file = str(work / f"{name.partition('-')[2] or 'one'}.jsonl")
     if name == "prompts":
         from foretell.data.prompt_file import PromptRules, PromptSet
 
@@ -60,7 +63,7 @@ def stage(name: str, work: Path, processes: int) -> dict[str, Any]:
             chosen = PromptSet([file], PromptRules(), tokenizer)
             chosen.write(work / "prompts.jsonl")
         found["tokens"] = encode_rows(file, tokenizer)[1].tokens
-    elif name in ("encode", "encode-six", "kept"):
+    elif name.startswith("encode") or name == "kept":
         more: dict[str, Any] = {"num_proc": processes} if processes > 1 else {}
         if name == "kept":
             more = {"cache": work / "cache"}
@@ -147,7 +150,12 @@ def write_inputs(data: Path, work: Path) -> None:
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
     ]
     six = [list(chain.from_iterable(turns[at : at + SIX])) for at in range(0, len(turns), SIX)]
-    for name, chats in {"one": turns, "six": six, "questions": [turn[:1] for turn in turns[:ANSWERS]]}.items():
+    for name, chats in {
+        "one": turns,
+        "six": six,
+        "ten": 10 * turns,
+        "questions": [turn[:1] for turn in turns[:ANSWERS]],
+    }.items():
         lines = [json.dumps({"messages": messages}) + "\n" for messages in chats]
         (work / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -175,7 +183,11 @@ def main() -> None:
 
     settings = parse(DataSettings, prog="benchmarks/data.py")
     builds = {"new": ROOT} | ({"old": Path(settings.old).resolve()} if settings.old else {})
-    result: dict[str, Any] = {"provenance": provenance(), "rows": ROWS, "repeats": settings.repeats, "stages": {}}
+    result: dict[str, Any] = {"provenance": provenance(), "rows": ROWS, "repeats": settings.repeats}
+    result |= {"answers": {"prompts": ANSWERS, "new_tokens": NEW}, "old_commit": None, "stages": {}}
+    if settings.old:
+        asked = ["git", "-C", settings.old, "rev-parse", "HEAD"]
+        result["old_commit"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         load_model(None, work / "model")

@@ -330,9 +330,39 @@ def rl_table(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def data_table(result: dict[str, Any]) -> list[str]:
+    """Tokens a second of each stage from raw chats to a step, by build and processes."""
+    stages = {
+        "prompts": "`foretell prompts`: read, judged, written",
+        "encode": "encoded, one turn a conversation",
+        "encode-six": "encoded, six turns",
+        "encode-ten": "encoded, one turn, ten times as many rows",
+        "kept": "encoded rows found in the cache",
+        "batches": "batches of 8 rows for a step",
+        "answer": "answered by SmolLM2: {prompts} prompts, {new_tokens} tokens".format(**result["answers"]),
+    }
+    lines = ["| | old build | this build | times | this build, two processes |", "|---|---|---|---|---|"]
+    for name, label in stages.items():
+        found = {way: of["tokens_per_second"] for way, of in result["stages"].get(name, {}).items()}
+        if "new 1" in found:
+            old, two = found.get("old 1"), found.get("new 2")
+            cells = ["" if old is None else f"{old:,.0f}", f"{found['new 1']:,.0f}"]
+            cells += ["" if old is None else f"{found['new 1'] / old:.2f}", "" if two is None else f"{two:,.0f}"]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        f"Tokens a second by the clock, {result['rows']:,} questions and answers of GSM8K,",
+        f"medians of {result['repeats']}; old: commit {result['old_commit'][:10]}.",
+        "Answering takes both cores in either column.",
+        where(result["provenance"]),
+    ]
+
+
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("demo", "README.md", "demo", demo_table),
     ("speed", "README.md", "speed", speed_table),
+    ("data", "docs/data.md", "data", data_table),
     ("second target", "docs/training.md", "second_target", demo_table),
     ("ablation", "docs/training.md", "ablation", ablation_table),
     ("machine", "docs/decoding.md", "machine", machine_table),

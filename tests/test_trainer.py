@@ -626,7 +626,11 @@ def test_settings_that_contradict_each_other_come_in_one_error(tmp_path):
             train_target=False,
             max_length=2,
         )
-    for words in ("mtp_loss_scaling_factor: got -1.0, wanted at least 0", "contradicts", "wanted at least 3 tokens"):
+    for words in (
+        "mtp_loss_scaling_factor: got -1.0, wanted a number of at least 0",
+        "contradicts",
+        "wanted at least 3 tokens",
+    ):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="got LlamaForCausalLM, wanted an MTPModel"):
         trainer_of(tiny_model(), tmp_path)

@@ -141,7 +141,8 @@ def race(server: Process, model: str, chats: list[str], clients: int, new: int, 
 
 BARE = """
 import json, sys, time, torch
-from foretell.cli.loading import load_target, load_with_module
+from foretell.cli.loading import load_target
+from foretell.mtp import load_with_module
 model, tokenizer = load_target(sys.argv[1], "float32")
 mtp, _ = load_with_module(model, None)
 chats, new = json.loads(sys.stdin.readline())

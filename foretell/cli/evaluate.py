@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretell.cli.loading import KEPT, WorkloadSettings, about_run, load_target, load_with_module
+from foretell.cli.loading import KEPT, WorkloadSettings, about_run, load_target
 from foretell.config import parse
 from foretell.runtime import write_json_atomic
 
@@ -107,6 +107,7 @@ class Session:
     def __init__(self, settings: MeasureSettings, batch_size: int) -> None:
         from foretell.evaluation.evaluate import conversations
         from foretell.evaluation.workloads import load_tasks
+        from foretell.mtp import load_with_module
 
         self.settings = settings
         tasks = load_tasks(settings.prompts, settings.limit)

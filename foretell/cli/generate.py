@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foretell.cli.loading import ModelSettings, load_target, load_with_module
+from foretell.cli.loading import ModelSettings, load_target
 from foretell.config import parse
 
 
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers import TextStreamer
 
     from foretell.decoding.policies import LOSSY, SPANS, check_policy
+    from foretell.mtp import load_with_module
 
     check_policy(settings.policy)
     model, tokenizer = load_target(settings.model, settings.dtype)

@@ -83,13 +83,6 @@ def load_target(path: str, dtype: str = "auto", from_scratch: bool = False) -> t
     return model, tokenizer
 
 
-def load_with_module(model: Any, folder: str | None) -> tuple[Any, bool]:
-    """See foretell/mtp.py."""
-    from foretell import mtp
-
-    return mtp.load_with_module(model, folder)
-
-
 def about_run(settings: ModelSettings, mtp: Any, verb: str, argv: Sequence[str]) -> dict[str, Any]:
     """What was run, where."""
     found = provenance(["foretell", verb, *argv])

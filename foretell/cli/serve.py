@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from foretell.cli.loading import ModelSettings, load_target, load_with_module
+from foretell.cli.loading import ModelSettings, load_target
 from foretell.config import parse
 
 KEY = "FORETELL_API_KEY"
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
             from foretell.serving.app import Server, run
         except ModuleNotFoundError as error:
             raise ValueError(f"foretell serve needs {error.name}: pip install 'foretell[serve]'.") from error
+        from foretell.mtp import load_with_module
         from foretell.serving.engine import Engine
 
         model, tokenizer = load_target(settings.model, settings.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foretell.cli.loading import WorkloadSettings, load_target, load_with_module
+from foretell.cli.loading import WorkloadSettings, load_target
 from foretell.config import parse
 from foretell.runtime import provenance, write_json_atomic
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from foretell.evaluation.losslessness import draftings, greedy, sampled
     from foretell.evaluation.measure import tensors_digest
     from foretell.evaluation.workloads import first_prompt, load_tasks
+    from foretell.mtp import load_with_module
 
     tasks = load_tasks(settings.prompts, settings.limit)
     model, tokenizer = load_target(settings.model, settings.dtype)

@@ -12,11 +12,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from foretell.config import nearest
 from foretell.decoding.policies import POLICIES
+from foretell.serving.requests import MOST_LOGPROBS
 
 MOST_CHOICES = 16  # n
 MOST_PROMPTS = 32  # of one completion
 MOST_STOPS, LONGEST_STOP = 16, 256
-MOST_LOGPROBS = 20
 MOST_BIASES = 1024
 # values that ask for nothing: as good as absent, for the sake of clients that send all they know
 NOTHING: dict[str, Any] = {

@@ -28,7 +28,7 @@ from foretell.data.collate import to_batch
 from foretell.mtp import MTPModel
 from foretell.training.muon import MuonAdamW
 from foretell.training.objective import choose_labels, coefficients, count_labels, objective
-from foretell.training.tau import decoded_tau, gathered, stop_early, with_estimate
+from foretell.training.tau import decoded_tau, stop_early, whole, with_estimate
 
 
 class MTPTraining(Trainer, ABC):
@@ -370,7 +370,8 @@ class MTPTraining(Trainer, ABC):
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         while isinstance(rows, IterableDatasetShard):  # every rank decodes the same prompts
             rows = rows.dataset
-        with gathered(self.model, self.accelerator) as mine:
+        mine = self.accelerator.is_main_process or not self.accelerator.is_fsdp2
+        with whole(self.model, self.accelerator):
             found = [decoded_tau(self.mtp, rows, args.eval_prompts, args.eval_new_tokens) if mine else {}]
         return broadcast_object_list(found)[0] if self.accelerator.num_processes > 1 else found[0]
 

@@ -35,6 +35,7 @@ from foretell.mtp import MTPModel
 from foretell.training.mtp_training import MTPTraining
 from foretell.training.objective import choose_labels
 from foretell.training.rollout_arguments import RolloutArguments
+from foretell.training.tau import whole
 from foretell.training.trl_training import TRLModel, TRLTraining
 from foretell.types import IGNORE_INDEX, Verification
 
@@ -78,8 +79,9 @@ class RolloutTraining(TRLTraining):
             raise ValueError(f"{type(policy).__name__}: wanted a text model; MTP modules and drafts are of text only.")
         if getattr(args, "sync_ref_model", False) and args.mtp_has_module:
             raise ValueError("sync_ref_model: TRL copies the trainer's model, which has a module here; leave it out.")
-        if self.is_deepspeed_enabled:
-            raise ValueError("deepspeed: got it, wanted DDP or FSDP2: rollouts here read whole parameters.")
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            got = "deepspeed" if self.is_deepspeed_enabled else "fsdp_version 1"
+            raise ValueError(f"{got}: wanted DDP or FSDP2: rollouts here read whole parameters.")
         self._turns: list[tuple[float, list[list[Verification]], int]] = []  # of this generation
         self._rolled_K1: Tensor | None = None
         with torch.random.fork_rng():  # the same texts with another module, or with none
@@ -168,7 +170,7 @@ class RolloutTraining(TRLTraining):
         pad = self._tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (T - len(ids)) + list(ids) for ids in prompt_ids], device=device)
         mask_BT = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-        with _saying_what_to_lower(self.args), torch.no_grad(), _whole(self.decoder):
+        with _saying_what_to_lower(self.args), torch.no_grad(), whole(self.decoder, self.accelerator):
             out = self._decode(ids_BT, mask_BT, self.generation_config)
         records = out.stats.records
         lengths = [sum(v.emitted for v in record) for record in records]
@@ -181,7 +183,7 @@ class RolloutTraining(TRLTraining):
     def _policy_alone(self) -> Iterator[None]:
         """While this is open TRL finds the policy without its module, whose own generate is another."""
         wrapped, policy = self.model_wrapped, self.model_wrapped if self.mtp is None else self.mtp.model
-        with _whole(self.model):
+        with whole(self.model, self.accelerator):
             self.model_wrapped = policy
             try:
                 yield
@@ -349,23 +351,6 @@ def _named(function: Callable[..., Any], like: Any, name: str) -> Any:
     functools.update_wrapper(function, like)
     function.__name__ = name
     return function
-
-
-@contextmanager
-def _whole(model: nn.Module) -> Iterator[None]:
-    """While this is open, what FSDP2 shards is whole, and no forward asks other ranks for anything."""
-    sharded: list[Any] = [part for part in model.modules() if hasattr(part, "set_reshard_after_forward")]
-    for part in sharded[:1]:  # before a layer is called by itself and takes itself for the whole
-        part._get_fsdp_state()._lazy_init()
-    for part in sharded:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in sharded:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
 
 
 @contextmanager

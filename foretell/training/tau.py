@@ -49,21 +49,20 @@ def prompt_of(row: dict[str, Any]) -> list[int]:
 
 
 @contextmanager
-def gathered(model: nn.Module, accelerator: Any) -> Iterator[bool]:
-    """Whether this rank decodes. Under FSDP2, which all ranks enter, the first alone does: parameters are whole here
-    and stay so through its forwards.
+def whole(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """While this is open, what FSDP2 shards of model is whole, so that no forward asks other ranks for anything. All
+    ranks enter.
     """
-    if not accelerator.is_fsdp2:
-        yield True
-        return
-    from torch.distributed.fsdp import FSDPModule
+    parts: list[Any] = []
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
 
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield accelerator.is_main_process
+        yield
     finally:
         for part in parts:
             part.reshard()

@@ -58,6 +58,8 @@ def whole(model: nn.Module, accelerator: Any) -> Iterator[None]:
         from torch.distributed.fsdp import FSDPModule
 
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts[:1]:  # before a layer is called by itself and takes itself for the whole
+        part._get_fsdp_state()._lazy_init()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from foretell import HeadsConfig, MaskedConfig, SequentialConfig, get_mtp_model
-from foretell.models import fast
+from foretell.models import fast, linears
 from foretell.models.slot_cache import CACHE_NAMES, SlotCache
 from foretell.models.target import Target, UnsupportedModelError
 
@@ -110,6 +110,10 @@ def one_norm(model: nn.Module) -> None:
 
 def final_norm(model: nn.Module) -> None:
     model.model.norm.weight.data.mul_(torch.linspace(-3, 3, 32))
+
+
+def not_a_number(model: nn.Module) -> None:
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
 
 
 def new_parameter(model: nn.Module) -> None:
@@ -320,12 +324,13 @@ def adapter_switched_off(model: nn.Module) -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     f.__name__: f
     for f in (
-        data_copied, data_replaced, in_place, through_numpy, fused_step, assigned, one_norm, final_norm, new_parameter,
-        rotary_buffer, rotary_buffer_replaced, plain_attribute, pre_hook, hook_with_kwargs, hook_by_identity,
-        hooks_replaced, global_hook, method_patched, partial_patched, class_patched, linear_class_patched, wrapped,
-        layers_swapped, other_norm, other_head, activation, weight_norm, old_weight_norm, tanh_config, double, bfloat16,
-        wide_head, added_adapter, adapter_switched_off, rotary_function_patched, function_below_patched,
-        linear_function_patched, call_patched, mlp_wrapped, head_normed, compiled,
+        data_copied, data_replaced, in_place, through_numpy, fused_step, assigned, one_norm, final_norm, not_a_number,
+        new_parameter, rotary_buffer, rotary_buffer_replaced, plain_attribute, pre_hook, hook_with_kwargs,
+        hook_by_identity, hooks_replaced, global_hook, method_patched, partial_patched, class_patched,
+        linear_class_patched, wrapped, layers_swapped, other_norm, other_head, activation, weight_norm,
+        old_weight_norm, tanh_config, double, bfloat16, wide_head, added_adapter, adapter_switched_off,
+        rotary_function_patched, function_below_patched, linear_function_patched, call_patched, mlp_wrapped,
+        head_normed, compiled,
     )
 }  # fmt: skip
 PLACES = ("model.layers.0", "model.layers.1.mlp", "model.layers.0.self_attn", "model.layers.1.self_attn.q_proj")
@@ -755,17 +760,103 @@ def test_the_user_own_objects_stay_his(start):
     torch.testing.assert_close(target.logits(rows.post_norm_BRD, view=True), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
 def test_parts_that_did_not_change_are_used_again(start):
+    """What changed is written where it stands, but for a call that reads it: that keeps its own."""
     model = copy.deepcopy(start)
-    target = Target(model)
+    target, changed = Target(model), model.model.layers[1].mlp.up_proj.weight
     target.refresh()
-    before = dict(target.view().named_modules())
-    model.model.layers[1].mlp.up_proj.weight.data.mul_(2.0)
-    target.refresh()
-    after = dict(target.view().named_modules())
-    assert after["model.layers.0"] is before["model.layers.0"]
-    assert after["lm_head"] is before["lm_head"]
-    assert after["model.layers.1"] is not before["model.layers.1"]
+    parts = [dict(target.view().named_modules())]
+    assert isinstance(parts[0]["model.layers.1"], fast.FusedLayer)
+    probe, packed = torch.linspace(-1, 1, 32)[None], parts[0]["model.layers.1"].gate_up.linear
+
+    def doubled() -> float:
+        before = packed(probe)
+        changed.data.mul_(2.0)
+        target.refresh()
+        parts.append(dict(target.view().named_modules()))
+        return float(packed(probe).norm() / before.norm())
+
+    assert doubled() > 1.5 and parts[1] == parts[0]
+    with target.reading():
+        view = target.view()
+        found: list[float] = []
+        other = threading.Thread(target=lambda: found.append(doubled()))
+        other.start()
+        other.join()
+        assert target.view() is view and (found == [1.0] or not packed.kept)
+    for same in ("model.layers.0", "lm_head"):
+        assert parts[2][same] is parts[0][same]
+    assert parts[2]["model.layers.1"] is not parts[0]["model.layers.1"]
+
+
+class Gated(modeling_llama.LlamaDecoderLayer):
+    """As Llama's until its gate opens."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(hidden_states, *args, **kwargs) + self.gate * hidden_states.flip(-1)
+
+
+class Doubled(modeling_llama.LlamaDecoderLayer):
+    """As Llama's while it adds nothing to the stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 2 * super().forward(hidden_states, *args, **kwargs) - hidden_states
+
+
+class SquaredRMSNorm(modeling_llama.LlamaRMSNorm):
+    """As Llama's while its gains are ones."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * super().forward(hidden_states)
+
+
+ODD = {"gate": Gated, "stream": Doubled, "gain": SquaredRMSNorm}
+for odd in ODD.values():  # of the library's own, as far as names tell
+    odd.__name__, odd.__module__ = odd.__base__.__name__, odd.__base__.__module__
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_formula_that_looks_like_anothers_at_its_first_weights(kind, start):
+    model = copy.deepcopy(start)
+    layer = model.model.layers[1]
+    layer.gate, drawn = nn.Parameter(torch.zeros(32)), torch.Generator().manual_seed(0)
+    for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+        weight.data.zero_()
+    layer.input_layernorm.weight.data.fill_(1.0)
+    (layer.input_layernorm if kind == "gain" else layer).__class__ = ODD[kind]
+    mtp = get_mtp_model(model, METHODS["sequential"])
+    said = say(model)
+    assert mtp_say(mtp) == said
+    assert isinstance(mtp.target.view().model.layers[1], fast.FusedLayer) or not fast._can_pack(model)
+    for _ in range(2):
+        for parameter in model.parameters():  # zeros have no spread to draw from
+            parameter.data.add_(torch.randn(parameter.shape, generator=drawn), alpha=0.3)
+        assert said != (said := say(model))
+        assert mtp_say(mtp) == said
+
+
+def test_packing_that_fails_half_way(start, monkeypatch):
+    """Memory runs out between two layers, and the weights are the old ones again: so are the packed ones."""
+    model = copy.deepcopy(start)
+    mtp = get_mtp_model(model, METHODS["sequential"])
+    old, kept = mtp_say(mtp), {n: p.clone() for n, p in model.state_dict().items()}
+    made = []
+
+    def prepare(self: Any, kernel: str, own: Any = linears.PackedLinear.prepare) -> torch.Tensor:
+        made.append(kernel)
+        if len(made) == 4:
+            raise MemoryError
+        return own(self, kernel)
+
+    in_place(model)
+    with monkeypatch.context() as short:
+        short.setattr(linears.PackedLinear, "prepare", prepare)
+        if fast._can_pack(model):
+            with pytest.raises(MemoryError):
+                mtp.target.refresh()
+    model.load_state_dict(kept)
+    assert mtp_say(mtp) == old == say(model)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")

@@ -89,9 +89,20 @@ class FusedLayer(nn.Module):
         self.scaling, self.window = attention.scaling, PLAIN_LAYERS[type(layer).__name__](attention)
         self.gate: GatedAdapters | None = None  # adapters of mask rows, where a masked module has given some
         self.added: dict[str, RowAdapter] = {}
+        self.general: bool | None = None  # whether it is the layer's twin with other weights too; None: nobody asked
         # straight to the functions: at one row, calling through nn.Module costs as much as a small operation
         self._qkv, self._o = self.qkv.forward, self.o.plus
         self._gate_up, self._down, self._act = self.gate_up.forward, self.down.plus, mlp.act_fn.forward
+
+    def renew(self, layer: nn.Module) -> bool:
+        """See Measured."""
+        if self.general is None:
+            self.general = _fused_layer(_with_other_weights(layer), Rotation()) is not None
+        norms = [(self.qkv.norm, layer.input_layernorm), (self.gate_up.norm, layer.post_attention_layernorm)]
+        if self.has_qk_norm:
+            norms += [(self.q_norm, layer.self_attn.q_norm), (self.k_norm, layer.self_attn.k_norm)]
+        linears = self.qkv.linear, self.o, self.gate_up.linear, self.down
+        return self.general and all(part.renew(live) for part, live in (*norms, *((one, layer) for one in linears)))
 
     def gated(self, adapters: GatedAdapters, path: str) -> None:
         """Adapters of the linears below this path, laid side by side as the products are."""
@@ -189,7 +200,21 @@ def _fused_layer(layer: nn.Module, rotation: Rotation) -> FusedLayer | None:
     with torch.no_grad():
         wanted, got = plain(probe_BRD, attention_mask=None, **call), fused(probe_BRD, **call)
     near = 1e-4 if dtype == torch.float32 else 2e-2
-    return fused if torch.allclose(got, wanted, rtol=near, atol=near * float(wanted.abs().max())) else None
+    near_zero = near * float(wanted.nan_to_num().abs().max())  # weights may be no numbers: so is what a layer says
+    return fused if torch.allclose(got, wanted, rtol=near, atol=near_zero, equal_nan=True) else None
+
+
+def _with_other_weights(layer: nn.Module) -> nn.Module:
+    """A copy with drawn weights: what agrees with those does not do so because these are zeros or ones."""
+    twin, drawn = attending_copy(layer), torch.Generator().manual_seed(0)
+    for part in twin.modules():
+        part.__dict__["_parameters"] = {
+            name: p
+            if p is None
+            else nn.Parameter(torch.empty_like(p).uniform_(-1, 1, generator=drawn).div_(p.shape[-1] ** 0.5))
+            for name, p in part._parameters.items()
+        }
+    return twin
 
 
 def _plain_linear(part: nn.Module) -> bool:
@@ -224,7 +249,7 @@ class Copy:
         """Forget the tree, its packed weights and what was recorded of it."""
         self.tree: nn.Module | None = None
         self.key: Any = None
-        self._made: dict[str, tuple[nn.Module, Any, nn.Module]] = {}  # by path: live, its key, what stands for it
+        self._made: dict[str, tuple[nn.Module, Any, Any]] = {}  # by path: live, its key, what stands for it
 
     @property
     def is_fast(self) -> bool:
@@ -245,10 +270,10 @@ class Copy:
         adapters = () if self.gated is None else (*signature(self.gated[0]), digest(self.gated[0].parameters()))
         return (structure, around, pure), places, values, adapters
 
-    def refresh(self, begin: Callable[[], None] = lambda: None) -> bool:
-        """Whether the tree was made anew; begin is called before."""
+    def refresh(self, begin: Callable[[], None] = lambda: None, alone: bool = False) -> bool:
+        """Whether the tree was made anew; begin is called before. alone: nobody reads the tree that is there."""
         key = self.look()
-        if self.tree is not None and key == self.key:
+        if self.tree is not None and (key == self.key or (alone and self._renewed(key))):
             return False
         begin()
         old, self._made, self.tree = self._made, {}, None
@@ -262,6 +287,21 @@ class Copy:
                 part.for_drafts(self.draft_dtype)
         settle(self.tree)
         self.key = self.look()
+        return True
+
+    def _renewed(self, key: Any) -> bool:
+        """Whether nothing but values changed, and what stands for parts of the module took them over."""
+        before, self.key = self.key, None  # until all have
+        if before is None or any(before[i] != key[i] for i in (0, 1, 3)):
+            return False
+        for path, old, new in zip(list(self._made), before[2], key[2], strict=True):
+            live, (*place, _), made = self._made[path]
+            if old != new:
+                self._made[path] = live, None, made  # good for nothing, should this fail
+                if not made.renew(live):
+                    return False
+                self._made[path] = live, (*place, new), made
+        self.key = key
         return True
 
     def _stand_in(self, path: str, part: nn.Module, old: dict[str, Any], fast: bool) -> nn.Module | None:

@@ -81,6 +81,15 @@ class Measured(nn.Module, ABC):
         """How far a kernel's numbers may be from the plain ones, as a share."""
         return 1e-4 if self.like.dtype == torch.float32 else 2e-2
 
+    def renew(self, live: nn.Module) -> bool:
+        """Whether this stands for `live` still, now that its weights hold other values: what kernels keep is made anew,
+        each in the memory that the one before leaves.
+        """
+        for kernel in list(self.kept):
+            del self.kept[kernel]
+            self.kept[kernel] = self.prepare(kernel)
+        return True
+
     def keep(self, kernel: str) -> bool:
         """Make a kernel ready, unless this machine has none, or one that computes something else."""
         probe_ND = torch.linspace(-2, 3, self.width, device=self.like.device).sin()[None].to(self.like.dtype)

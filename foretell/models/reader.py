@@ -109,6 +109,7 @@ class RowReader:
         # rotary frequencies that depend on the length of the whole text (longrope, dynamic NTK)
         self.turns_by_length = any(map(turns_by_length, self.decoder.modules()))
         self._copy: Copy | None = None
+        self._readers = 0  # calls that read a copy now: it is theirs as it is
         self._verdicts: dict[Any, Verdict] = {}  # by structure: what the copy's comparison with the model gave
         self._masks, self._now, self._lock = RowMasks(), _Now(), threading.RLock()
         self.static: StaticSteps | None = None  # decode steps as CUDA graphs, on a GPU
@@ -121,7 +122,7 @@ class RowReader:
         return own | {"_verdicts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock(), _copy=None, static=None)
+        self.__dict__.update(state, _lock=threading.RLock(), _copy=None, _readers=0, static=None)
 
     # -- parts of the model, which may be others tomorrow --------------------------------------------------------------
 
@@ -156,13 +157,17 @@ class RowReader:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """One decoding call: what the model is now is what it is for this call, whatever calls inside it do."""
-        view, before = self._noticed(), self._now.view
+        with self._lock:
+            view, before = self._noticed(), self._now.view
+            self._readers += 1
         self._now.view = view
         try:
             with torch.inference_mode(False), torch.no_grad():  # what a call keeps for the next serves any
                 yield
         finally:
             self._now.view = before
+            with self._lock:
+                self._readers -= 1
 
     def refresh(self, longest: int = 0) -> None:
         """Notice what has changed in the model, and make what is stale of the copy anew. Once a decoding call:
@@ -203,7 +208,7 @@ class RowReader:
                 gated = None if self.mask_rows is None else self.mask_rows.by_path(self.model, self.layers)
                 self._copy = Copy(self.model, gated)
             refuse_now(self.outer, self.model)
-            while self._copy.refresh(self._before_a_copy):
+            while self._copy.refresh(self._before_a_copy, alone=not self._readers):
                 structure = self._copy.key[0]
                 self._dress(self._copy.tree)
                 if structure not in self._verdicts:

@@ -116,6 +116,7 @@ class SequenceState:
     reread_at: int = 0  # length of the text when it was read anew, since the model turned by other angles from there on
     most_tokens: int = sys.maxsize  # that it will have, where that is known of it alone
     most_drafts: int = sys.maxsize  # deepest that are made for it
+    shared: int = 0  # leading tokens of its prompt that another text's slot held already
 
     @property
     def read_as(self) -> int:
@@ -141,6 +142,18 @@ class Watcher:
 
     def start(self, slot: int) -> None:
         """A new sequence takes this slot."""
+
+    def shares(self, slot: int, length: int) -> int:
+        """How many of the first `length` tokens of the sequence in a slot one that begins alike can `share`: what keeps
+        nothing of what it observes says all of them.
+        """
+        return 0
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """A new sequence takes slot target, which may be source; its first `length` tokens are those in slot source,
+        and are not observed again.
+        """
+        self.start(target)
 
     def hold(self, slots: int) -> None:
         """So many first slots are taken now, whoever is told of next."""

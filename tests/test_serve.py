@@ -576,9 +576,11 @@ def test_many_at_once_get_their_own_answers(served):
 def test_metrics_count_what_the_answers_say():
     served = tiny_served()
     try:
-        tokens = drafted = accepted = 0
-        for prompt in PROMPTS:
+        length = tokens = drafted = accepted = 0
+        long = " ".join(f"w{i}" for i in range(40))
+        for prompt in (*PROMPTS[:3], long, f"{long} w7 w8"):
             usage = served.complete(prompt, max_tokens=20, num_draft_tokens=2, ignore_eos=True)["usage"]
+            length += usage["prompt_tokens"]
             tokens += usage["completion_tokens"]
             drafted += usage["foretell"]["drafted"]
             accepted += usage["foretell"]["accepted"]
@@ -587,7 +589,9 @@ def test_metrics_count_what_the_answers_say():
         assert all('model_name="tiny"' in name for name, _, _ in lines)
         values = {re.sub(r',?model_name="tiny",?', "", name): float(value) for name, _, value in lines}
         assert values["vllm:generation_tokens_total{}"] == tokens == 100
-        assert values["vllm:prompt_tokens_total{}"] == sum(len(prompt.split()) for prompt in PROMPTS)
+        assert values["vllm:prompt_tokens_total{}"] == values["vllm:prefix_cache_queries_total{}"] == length
+        cached = usage["prompt_tokens_details"]["cached_tokens"]  # of the last, which begins as the one before
+        assert 30 < values["vllm:prefix_cache_hits_total{}"] == cached < usage["prompt_tokens"]
         assert values["vllm:spec_decode_num_draft_tokens_total{}"] == drafted > 0
         assert values["vllm:spec_decode_num_accepted_tokens_total{}"] == accepted > 0
         by_place = [v for name, v in values.items() if "accepted_tokens_per_pos_total" in name]

@@ -258,7 +258,7 @@ def joined_run(mtp: MTPModel, drafter: Any, slots: int, leave: list, emitted: di
     def finished(sequence: SequenceState) -> bool:
         return len(sequence.new_tokens) >= sequence.most_tokens - sequence.prompt_length
 
-    rules = loop.Rules(RowScores(None, False), finished, max_tokens=400, num_draft_tokens=3, slots=slots)
+    rules = loop.Rules(RowScores(None, False), finished, max_tokens=400, num_draft_tokens=3, slots=slots, share=True)
     rules.beside = lambda: bool(run.active)
     rules.leave = leave.append
     rules.emit = lambda sequence, tokens: emitted.setdefault(sequence.index, []).extend(tokens)
@@ -274,6 +274,8 @@ def test_any_order_of_joining_and_cancelling(kind, monkeypatch):
     of = {"oracle": "far", "tree": "far", "mtp": "sequential"}.get(kind, kind)
     dice, mtp = random.Random(kind), mtp_of(of)
     prompts = [[dice.randrange(3, VOCAB) for _ in range(dice.choice((1, 3, 8, 30, 60)))] for _ in range(24)]
+    for i in range(0, len(prompts), 2):  # some begin alike
+        prompts[i] = [*prompts[dice.randrange(len(prompts))][: dice.randrange(60)], *prompts[i]]
     new = [dice.randrange(1, 20) for _ in prompts]
     truth = []
     for prompt, count in zip(prompts, new, strict=True):
@@ -299,6 +301,8 @@ def test_any_order_of_joining_and_cancelling(kind, monkeypatch):
             slots_before = {s.index: s.slot for s in run.reading}
             run.step()
             assert [s.slot for s in run.active + run.reading] == list(range(len(run.active) + len(run.reading)))
+            behind = [s.slot for s in run.prefixes.kept]
+            assert len(set(behind)) == len(behind) and all(s >= len(run.active) + len(run.reading) for s in behind)
             assert not any(s.done for s in run.active + run.reading)
             closed_up += any(slots_before.get(s.index, s.slot) != s.slot for s in run.reading)
     assert sorted(s.index for s in left) == list(range(len(prompts))) and cancelled

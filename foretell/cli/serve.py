@@ -32,6 +32,9 @@ class ServeSettings(ModelSettings):
     )
     max_queued: int = field(default=64, metadata={"help": "Requests that may wait; one more is told to come later."})
     slots: int = field(default=16, metadata={"help": "Requests that are decoded at once."})
+    enable_prefix_caching: bool = field(
+        default=True, metadata={"help": "Read once what prompts begin with alike; --no-enable-prefix-caching is off."}
+    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "The model's name to clients; without it its folder's."}
     )
@@ -71,7 +74,13 @@ def main(argv: Sequence[str]) -> int:
         place = Path(settings.model)
         root = place.resolve().stem if place.is_file() else place.resolve().name if place.exists() else settings.model
         name = settings.served_model_name or root
-        engine = Engine(mtp, drafter=drafter, slots=settings.slots, max_queued=settings.max_queued)
+        engine = Engine(
+            mtp,
+            drafter=drafter,
+            slots=settings.slots,
+            max_queued=settings.max_queued,
+            prefix_caching=settings.enable_prefix_caching,
+        )
         host, port = at.getsockname()[:2]
         if key is None and host not in ("127.0.0.1", "::1"):
             print(f"note: anybody who reaches {host} may ask; --api-key KEY or {KEY} asks for a key", file=sys.stderr)

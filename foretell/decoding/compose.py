@@ -62,6 +62,15 @@ class Composed(Drafter):
         for drafter in self.drafters:
             drafter.start(slot)
 
+    def shares(self, slot: int, length: int) -> int:
+        """See Watcher."""
+        return min(drafter.shares(slot, length) for drafter in self.drafters)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """See Watcher."""
+        for drafter in self.drafters:
+            drafter.share(source, target, length)
+
     def hold(self, slots: int) -> None:
         """See Watcher."""
         for drafter in self.drafters:

@@ -78,6 +78,10 @@ class PromptLookup(Drafter):
         self._read = [0] * slots
         self._beside = Index()
 
+    def shares(self, slot: int, length: int) -> int:
+        """See Watcher."""
+        return length
+
     def start(self, slot: int) -> None:
         """See Watcher."""
         self._index[slot], self._read[slot] = {}, 0

@@ -8,6 +8,7 @@ Sequences are ragged: each accepts its own length, finished ones leave the batch
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from foretell.decoding.adaptive import AdaptiveLength
 from foretell.decoding.compose import timed_draft
 from foretell.decoding.policies import LOSSY
+from foretell.decoding.prefixes import SHARE_OF_WEIGHTS, Prefixes, together
 from foretell.decoding.scores import RowScores
 from foretell.decoding.stats import GenerationStats
 from foretell.decoding.verify import verify, verify_greedy
@@ -29,7 +31,8 @@ from foretell.types import Draft, Drafter, SequenceState, Verdict, Verification,
 
 PREFILL_ROWS = STEP_ROWS  # rows a sequence in one prefill forward: longer prompts are read in exact chunks
 PREFILL_TOKENS = 4096  # rows of all sequences in one prefill forward
-PIECE_ROWS = 256  # the same where others wait for their next round
+PIECE_ROWS = 256  # rows that are read between two rounds, for each sequence that is read to one that waits for its next
+PADDING = 32  # rows that cost a CPU about as much as one more forward
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Rules:
     (its slot is still whole then). stop_admitting: once true, sequences still waiting are left as they are.
     beside: others may join at any time, and prompts are read between rounds: a piece, while this says that somebody
     waits for the next one. look: given the logits of each round's rows, and which of them the new tokens are from.
+    share: what texts begin with alike is read once, where the model lets that be.
     """
 
     scores: RowScores
@@ -58,6 +62,7 @@ class Rules:
     stop_admitting: Callable[[], bool] | None = None
     beside: Callable[[], bool] | None = None
     look: Callable[[SequenceState, Tensor, list[int]], None] | None = None
+    share: bool = False
 
 
 class Decoder:
@@ -127,8 +132,13 @@ class Run:
         self.target.refresh(rules.max_tokens)
         self.cache.open(self.target.windows)
         longest = self.adaptive.longest if self.adaptive is not None else self.length
+        # a column that depends on more than the tokens up to it is nobody else's
+        shares = rules.share and not self.target.windows and not self.target.turns_by_length
+        spare = int(SHARE_OF_WEIGHTS * sum(p.nbytes for p in self.target.model.parameters()))
+        self.prefixes = Prefixes(self.cache, self.watchers, shares * (self.slots + 1), spare)
         for watcher in self.watchers:
-            watcher.open(self.slots, rules.max_tokens + longest)  # drafts may be accepted beyond a text's end
+            # drafts may be accepted beyond a text's end
+            watcher.open(max(self.slots, self.prefixes.slots), rules.max_tokens + longest)
         if self.drafter is not None:
             self.drafter.borrow(self.cache)
             self.drafter.generator, self._calls = rules.generator, self.drafter.calls
@@ -141,6 +151,11 @@ class Run:
         """It leaves before the next round."""
         sequence.done = True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is left."""
+        return not (self.active or self.reading or self.waiting)
+
     @torch.no_grad()
     def step(self) -> bool:
         """One round, before it what those that join need; whether anybody is left."""
@@ -152,7 +167,7 @@ class Run:
                 if self.rules.emit is not None and tokens:
                     self.rules.emit(sequence, tokens)
             self._leave()
-        return bool(self.active or self.reading or self.waiting)
+        return not self.is_idle
 
     def _round(self) -> list[tuple[SequenceState, list[int]]]:
         """Draft, lay out the token tree, forward, verify, keep, emit."""
@@ -217,7 +232,7 @@ class Run:
             position_ids_BR = lengths_B[:, None] + self._tensor([_depths(p) for p in parents])
         lengths = {s.cached for s in active}
         visible, start = max(lengths) + R, lengths.pop() if len(lengths) == 1 and valid_rows_B is None else None
-        self.cache.reserve(len(active), visible)
+        self._reserve(len(active), visible)
         rows = self._forward(
             active,
             ids,
@@ -300,8 +315,8 @@ class Run:
                 sequence.reread_at, sequence.cached = len(sequence.tokens), 0
                 for watcher in self.watchers:
                     watcher.start(sequence.slot)
-                while sequence.cached < len(sequence.tokens) - 1:
-                    self._prefill([sequence])
+                while _unread(sequence):
+                    self._prefill([sequence], [min(PREFILL_ROWS, _unread(sequence))])
 
     def _verdicts(self, active: list[SequenceState], drafts: list[Draft], logits_BRV: Tensor) -> list[Verdict]:
         policy, found = self.rules.policy, {}
@@ -339,55 +354,69 @@ class Run:
 
     def _join(self) -> None:
         """Waiting sequences take the free slots, and what is to be read of their prompts is read: all but the last
-        token, or one piece of it where others may not be held up.
+        token, or so much of it as others may be held up for.
         """
-        rules, start, forwards = self.rules, time.perf_counter(), self.stats.target_forwards
+        rules, start = self.rules, time.perf_counter()
         if rules.stop_admitting is not None and rules.stop_admitting():
             self.waiting = []
-        free = self.slots - len(self.active)
-        if self.waiting and not self.reading and free >= min(len(self.waiting), max(1, self.slots // 8)):
+        free = self.slots - len(self.active) - len(self.reading)
+        if self.waiting and free >= min(len(self.waiting), max(1, self.slots // 8)):
             self._admit([self.waiting.pop() for _ in range(min(free, len(self.waiting)))])
+        budget = left = self._budget()
         while self.reading:
-            unread = (i for i, s in enumerate(self.reading) if s.cached < len(s.tokens) - 1)
+            saved = [self.prefixes.follow(sequence) for sequence in self.reading]
+            unread = (i for i, s in enumerate(self.reading) if _unread(s))
             ready = next(unread, len(self.reading))
             self.active, self.reading = self.active + self.reading[:ready], self.reading[ready:]
-            if not self.reading or (rules.beside and self.stats.target_forwards > forwards):
+            if not self.reading or left <= min(PADDING, budget - 1):
                 break
-            self._read_on()
+            left -= self._read_on(saved[ready:], int(min(left, PREFILL_TOKENS)))
         self.stats.seconds["prefill"] += time.perf_counter() - start
+
+    def _budget(self) -> float:
+        """Rows of prompts before the next round. Who is read waits as much as who runs, so a piece is larger the more
+        are read to each that runs; a round of few costs about as much as one of many.
+        """
+        if self.rules.beside is None:
+            return math.inf
+        if not self.rules.beside():
+            return PREFILL_TOKENS
+        return min(PIECE_ROWS * max(len(self.reading) / max(len(self.active), 1), 1.0), PREFILL_TOKENS)
 
     def _admit(self, new: list[SequenceState]) -> None:
         """Give sequences the next slots; where others join, the shortest prompts are read first."""
-        self.reading = sorted(new, key=lambda s: len(s.tokens)) if self.rules.beside else new
-        for slot, sequence in enumerate(self.reading, start=len(self.active)):
-            sequence.slot, sequence.cached = slot, 0
-            for watcher in self.watchers:
-                watcher.start(slot)
-        self._hold()
+        new = sorted(new, key=lambda s: len(s.tokens)) if self.rules.beside else new
+        for sequence in new:
+            sequence.slot, sequence.cached = len(self.active) + len(self.reading), 0
+            self.prefixes.begin(sequence, self.active + self.reading)
+            self.reading.append(sequence)
+            self._hold()
         everyone = self.active + self.reading
-        self.cache.reserve(len(everyone), max(len(s.tokens) for s in everyone))
+        self._reserve(len(everyone), max(len(s.tokens) for s in everyone))
 
     def _hold(self) -> None:
         """Steps of the active alone must leave the slots of the others as they are."""
-        count = len(self.active) + len(self.reading)
+        count = max(len(self.active) + len(self.reading), self.prefixes.top)
         self.cache.hold(count)
         for watcher in self.watchers:
             watcher.hold(count)
 
-    def _read_on(self) -> None:
-        """One forward over prompts: of the first ones, as many as fit."""
-        few = self.rules.beside is not None and self.rules.beside()
-        rows, most = (PIECE_ROWS, PIECE_ROWS) if few else (PREFILL_ROWS, PREFILL_TOKENS)
-        group, longest = self.reading[:1], len(self.reading[0].tokens)
-        for sequence in self.reading[1:]:
-            longest = max(longest, len(sequence.tokens))
-            if (len(group) + 1) * min(rows, longest) > most:
-                break
-            group.append(sequence)
-        self._prefill(group, rows)
+    def _reserve(self, slots: int, columns: int) -> None:
+        self.prefixes.trim(columns)
+        self._hold()
+        self.cache.reserve(slots, columns)
 
-    def _prefill(self, group: list[SequenceState], most: int = PREFILL_ROWS) -> None:
-        counts = [min(most, len(s.tokens) - 1 - s.cached) for s in group]
+    def _read_on(self, saved: list[int], most: int) -> int:
+        """One forward over prompts, of so many rows at most: of the first ones, as many as are about as long. Returns
+        its rows. saved: rows that each saves if it waits.
+        """
+        counts = [min(PREFILL_ROWS, most, _unread(sequence)) for sequence in self.reading]
+        spare = PADDING if self.target.device.type == "cpu" else PREFILL_TOKENS
+        counts = counts[: together(counts, saved, most, spare, PADDING)]
+        self._prefill(self.reading[: len(counts)], counts)
+        return len(counts) * max(counts)
+
+    def _prefill(self, group: list[SequenceState], counts: list[int]) -> None:
         R = max(counts)
         ids = [[*s.tokens[s.cached : s.cached + c], *[0] * (R - c)] for s, c in zip(group, counts, strict=True)]
         rows = self._forward(
@@ -426,14 +455,17 @@ class Run:
                 continue
             gone, last = group[at], group[-1]
             self._tell(gone)
+            slot, behind = gone.slot, 1 + max(s.slot for s in self.active + self.reading)
+            kept = group is self.active and self.prefixes.keep(gone, None if behind == slot + 1 else behind)
             group[at] = last
             group.pop()
-            if last is gone:
-                self._wipe(gone, gone.slot)
-            else:
-                self._move(last, gone.slot)
+            if last is not gone:
+                self._move(last, slot)
+            elif not kept:
+                self._wipe(gone, slot)
 
     def _tell(self, sequence: SequenceState) -> None:
+        self.prefixes.forget(sequence)
         if self.rules.leave is not None:
             self.rules.leave(sequence)
 
@@ -446,11 +478,16 @@ class Run:
 
     def _wipe(self, sequence: SequenceState, slot: int) -> None:
         """Whoever comes to this slot must not find numbers that are none; at a prompt nobody has looked yet."""
-        if sequence.broken or sequence.cached < len(sequence.tokens) - 1:
+        if sequence.broken or _unread(sequence):
             self.cache.clear(slot)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
+
+
+def _unread(sequence: SequenceState) -> int:
+    """Tokens of a prompt that are still to be read: all but the last one."""
+    return len(sequence.tokens) - 1 - sequence.cached
 
 
 def _depths(parents: list[int]) -> list[int]:

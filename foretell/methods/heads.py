@@ -212,6 +212,16 @@ class HeadsDrafter(OwnDrafter):
         for cache in self._caches:
             cache.clear(slot)
 
+    def shares(self, slot: int, length: int) -> int:
+        """See Watcher. Of what is held in a ring, the newest is read again."""
+        return 0 if any(cache.windows for cache in self._caches) else length - (self._ring or 0)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """See Watcher."""
+        if source != target:
+            self.move(source, target, length)
+        self._done[target] = min(self._done[source], length)
+
     def hold(self, slots: int) -> None:
         """See Watcher."""
         for storage in (self._states, *self._caches):

@@ -54,6 +54,10 @@ class MaskedDrafter(ChainDrafter):
         """See Drafter."""
         self._cache = cache
 
+    def shares(self, slot: int, length: int) -> int:
+        """See Watcher."""
+        return length
+
     def start(self, slot: int) -> None:
         """See Watcher."""
         self._states[slot] = None

@@ -300,6 +300,26 @@ class SequentialDrafter(ChainDrafter):
         for numbers in (self._told, self._base, *self._done):
             numbers[slot] = 0
 
+    def shares(self, slot: int, length: int) -> int:
+        """See Watcher. A row of depth k has read k tokens ahead: those that another text has not, it reads anew, and
+        for that needs the target's states of them.
+        """
+        if self._cache.windows:
+            return 0
+        known = length - self.module.config.depth
+        return length if self._base[slot] <= max(known, 0) else known
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """See Watcher."""
+        base, known = self._base[source], max(length - self.module.config.depth, 0)
+        assert base <= known or base > length, f"states from {base} on, {length} tokens"
+        if source != target:
+            self._cache.move(source, target, length)
+            self._states.move(source, target, max(length - base, 0))
+        for done in self._done:
+            done[target] = min(done[source], known if base <= known else length)
+        self._told[target], self._base[target] = min(self._told[source], length), min(base, length)
+
     def hold(self, slots: int) -> None:
         """See Watcher."""
         self._cache.hold(slots)

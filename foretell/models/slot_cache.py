@@ -128,6 +128,11 @@ class SlotStorage:
         mine = [(flat.shape[1:], flat.dtype, flat.device) for flat in parts]
         return usable and mine == [(one.shape[2:], one.dtype, one.device) for one in like]
 
+    def room(self, bytes_: int, columns: int) -> int:
+        """Slots of so many columns that fit into what there is, or into so many bytes."""
+        row_bytes = sum(flat[0].nbytes for parts in self._storage.values() for flat in parts)
+        return max(self.size, bytes_ // max(row_bytes, 1)) // max(columns, self._used, 1)
+
     def clear(self, slot: int, first: int = 0) -> None:
         """Zeros from this column on: whatever was there harms nobody."""
         if slot >= self.slots:
@@ -144,6 +149,7 @@ class SlotStorage:
         """The sequence in slot source now lives in slot target."""
         if source >= self.slots:  # nothing was written for it yet
             return self.clear(target)
+        self.reserve(target + 1, length)
         for grid in self._grids():
             grid[target, :length], grid[target, length:] = grid[source, :length], 0
 

@@ -253,7 +253,9 @@ class Reply:
         own = {name: stats.summary()[name] for name in (*names, "verifications")}
         own |= {"drafted": sum(map(sum, stats.drafted)), "accepted": sum(map(sum, stats.accepted))}
         total = {"prompt_tokens": self.prompt_tokens, "completion_tokens": made}
-        return {**total, "total_tokens": self.prompt_tokens + made, "foretell": own}
+        cached = sum(choice.running.sequence.shared for choice in self.choices[:: self.body.n])
+        details = {"prompt_tokens_details": {"cached_tokens": cached}}
+        return {**total, "total_tokens": self.prompt_tokens + made, **details, "foretell": own}
 
 
 def _event(body: dict[str, Any]) -> bytes:

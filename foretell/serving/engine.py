@@ -26,10 +26,12 @@ from foretell.decoding.generate import Finish, prepared
 from foretell.decoding.loop import Rules, Run
 from foretell.decoding.policies import LOSSY, SPANS, check_policy
 from foretell.decoding.scores import AnswerPenalties, OwnScores, RowScores
+from foretell.models.fast import copy_key
 from foretell.mtp import MTPModel
 from foretell.serving.requests import Closed, Full, Piece, Request, Running
 from foretell.types import SequenceState
 
+KEPT_RUNS = 2  # whose requests have all ended, for what others begin alike
 LONG_PROMPT = 2047  # tokens; of longer ones, each power of two is a kind
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class Engine:
     """Serves requests with one model, from any thread. Close it, or use it as a context manager.
 
     drafter, num_draft_tokens, policy, draft_dtype: as in MTPModel.generate, where a request does not say; slots:
-    requests decoded at once; max_queued: how many more may wait.
+    requests decoded at once; max_queued: how many more may wait; prefix_caching: what prompts begin with alike is read
+    once, also after a text that has ended, while nobody needs its slot.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Engine:
         slots: int = 8,
         max_queued: int = 64,
         draft_dtype: str = "auto",
+        prefix_caching: bool = True,
     ) -> None:
         if not isinstance(model, MTPModel):
             raise ValueError(f"model: got {type(model).__name__}, wanted an MTPModel; get_mtp_model makes one.")
@@ -70,7 +74,7 @@ class Engine:
         check_policy(policy)
         self.mtp, self.slots, self.max_queued = model, slots, max_queued
         self._own: dict[str, Any] = {"drafter": drafter, "draft_dtype": draft_dtype, "slots": slots}
-        self._policy = policy
+        self._policy, self._shares = policy, prefix_caching
         self._length = None if policy in LOSSY and num_draft_tokens == "auto" else num_draft_tokens
         usual = self._plan(Request(input_ids=[0]))
         within = model.target.verdict()["within"]
@@ -82,7 +86,8 @@ class Engine:
         self._changed = threading.Condition()
         self._queue: deque[Running] = deque()
         self._taken: dict[int, Running] = {}  # in slots, by index
-        self._runs: dict[tuple, _Turn] = {}  # by kind of request
+        self._runs: dict[tuple, _Turn] = {}  # by kind of request; those of use to come are kept, the newest last
+        self._model: Any = None  # what the kept ones are of
         self._closing, self._count, self._usual_seconds = False, 0, 1.0
         self._counts: Counter[str] = Counter()
         self._ends: Counter[str] = Counter(stop=0, length=0, cancelled=0, error=0)
@@ -139,8 +144,9 @@ class Engine:
         """What happens now, and counts since the start."""
         with self._changed:
             now = {"running": len(self._taken), "waiting": len(self._queue)}
-            names = ("rejected", "prompt_tokens", "generation_tokens", "rounds", "drafts", "draft_tokens")
-            counts = {name: self._counts[name] for name in (*names, "accepted_tokens")}
+            names = ["rejected", "prompt_tokens", "generation_tokens", "rounds", "drafts", "draft_tokens"]
+            names += ["accepted_tokens", "prefix_queries", "prefix_hits"]
+            counts = {name: self._counts[name] for name in names}
             sizes = {"slots": self.slots, "max_queued": self.max_queued, "requests": dict(self._ends)}
             accepted = [count for _, count in sorted(self._accepted_at.items())]
             return now | sizes | counts | {"accepted_per_position": accepted}
@@ -226,12 +232,15 @@ class Engine:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
-                    return
+                    break
             try:
                 with self.mtp.target.reading():
+                    self._look_at_model()
                     while self._let_in():
-                        for kind in list(self._runs):
+                        for kind in [kind for kind, turn in self._runs.items() if not turn.run.is_idle]:
                             self._one_round(kind)
+                        if not self._taken:  # whoever comes next is read by what the model is then
+                            break
             except BaseException as error:  # of the model itself: nobody can be served as things are
                 _LOG.exception("decoding failed")
                 for turn in self._runs.values():
@@ -242,6 +251,18 @@ class Engine:
                     self._queue.clear()
                 for running in everyone:
                     self._end(running, "error", error)
+        for kind in list(self._runs):
+            self._runs.pop(kind).held.close()
+
+    def _look_at_model(self) -> None:
+        """Texts that have ended are of use while the model is the same."""
+        mtp, before = self.mtp, self._model
+        weights = sum(part._version for part in mtp.model.parameters() if not part.is_inference())
+        states = mtp.target.fingerprint()["states"]
+        self._model = mtp.target.view(), copy_key(mtp.module), mtp.target.head_key(), weights, states
+        if before is None or before[0] is not self._model[0] or before[1:] != self._model[1:]:
+            for kind in list(self._runs):
+                self._runs.pop(kind).held.close()
 
     def _let_in(self) -> bool:
         """Those who wait take the free slots, whoever was cancelled leaves; whether anybody is here."""
@@ -301,6 +322,7 @@ class Engine:
                 leave=lambda sequence: self._leave(sequence, scores),
                 beside=lambda: any(turn.run.active for turn in self._runs.values()),
                 look=lambda sequence, logits_RV, path: self._look(self._taken[sequence.index], logits_RV, path),
+                share=self._shares and not alone,
             )
             run = space.decoder(mtp.target, drafter, plan.policy).start([], rules)
             run.begin()
@@ -315,7 +337,11 @@ class Engine:
             more = turn.run.step()
             self._counts["rounds"] += 1
             if not more:
-                self._runs.pop(kind).held.close()
+                self._runs[kind] = self._runs.pop(kind)
+                idle = [one for one, turn in self._runs.items() if turn.run.is_idle]
+                of_use = [one for one in idle if self._runs[one].run.prefixes.kept][-KEPT_RUNS:]
+                for one in [one for one in idle if one not in of_use]:
+                    self._runs.pop(one).held.close()
         except Exception as error:
             self._broke(kind, error)
 
@@ -360,8 +386,11 @@ class Engine:
             best = rows_RV.topk(min(running.request.logprobs or 0, rows_RV.shape[-1]))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             top, running.rows = [list(zip(*pair, strict=True)) for pair in pairs], None
-        running.told = len(sequence.record)
         with self._changed:
+            if not running.told:
+                self._counts["prefix_queries"] += running.prompt_tokens
+                self._counts["prefix_hits"] += sequence.shared
+            running.told = len(sequence.record)
             self._counts["generation_tokens"] += len(tokens)
             if newest.drafted:
                 self._counts["drafts"] += 1

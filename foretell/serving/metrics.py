@@ -18,6 +18,8 @@ COUNTED = {  # of Engine.metrics: name, what it counts
     "generation_tokens": ("vllm:generation_tokens", "Tokens of answers."),
     "drafts": ("vllm:spec_decode_num_drafts", "Verifications with drafts."),
     "draft_tokens": ("vllm:spec_decode_num_draft_tokens", "Drafts that were verified."),
+    "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens that were looked for in the cache."),
+    "prefix_hits": ("vllm:prefix_cache_hits", "Those of them that it had."),
     "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens", "Drafts that were accepted."),
 }
 

@@ -171,6 +171,9 @@ class Drafter(Watcher):
     name = "drafter"
     calls = 0  # forwards so far: what a step of drafting is; 0 where it makes none
     generator: Generator | None = None  # of its draws: the caller's, set before each run
+    scores: Any = (
+        None  # whose draws its drafts are to meet, a RowScores; set before each run, None where drafts are judged
+    )
 
     def draft(self, sequences: Sequence[SequenceState], lengths: list[int], worth: Worth | None = None) -> list[Draft]:
         """At most lengths[b] tokens deep for sequence b; all 0 asks for nothing and must cost nothing.

@@ -477,8 +477,9 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("method", ["probabilistic", "greedy"])
 @pytest.mark.parametrize("warper", EQUAL)
-def test_a_module_equal_to_the_target_is_kept(warper):
+def test_a_module_equal_to_the_target_is_kept(warper, method):
     """Two passes: the first draft is the target's own token, drawn as the target draws it."""
     ids = torch.tensor([PROMPT]).repeat(60, 1)
     out = masked().generate(
@@ -490,7 +491,7 @@ def test_a_module_equal_to_the_target_is_kept(warper):
         generator=torch.Generator().manual_seed(1),
         num_draft_tokens=2,
         draft_layout="two_pass",
-        draft_sample_method="probabilistic",
+        draft_sample_method=method,
         **{"top_k": 0, **EQUAL[warper]},
     )
     kept = [v.accepted >= 1 for record in out.stats.records for v in record[:-1]]

@@ -36,6 +36,16 @@ class Composed(Drafter):
         for drafter in self.drafters:
             drafter.generator = generator
 
+    @property
+    def scores(self) -> Any:  # type: ignore[override]
+        """See Drafter."""
+        return self.drafters[0].scores
+
+    @scores.setter
+    def scores(self, scores: Any) -> None:
+        for drafter in self.drafters:
+            drafter.scores = scores
+
     def borrow(self, cache: Any) -> None:
         """See Drafter."""
         for drafter in self.drafters:

@@ -142,6 +142,7 @@ class Run:
         if self.drafter is not None:
             self.drafter.borrow(self.cache)
             self.drafter.generator, self._calls = rules.generator, self.drafter.calls
+            self.drafter.scores = rules.scores if rules.policy not in LOSSY else None
 
     def admit(self, sequence: SequenceState) -> None:
         """It joins as soon as a slot is free; whoever came first comes first."""

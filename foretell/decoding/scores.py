@@ -23,7 +23,7 @@ from foretell.ops.sampling import Dice
 from foretell.types import Draft, SequenceState
 
 # these look at the scores only, so that all rows can go through them together. Exact types: a subclass may do more
-_OF_SCORES = {
+_OF_VALUES = {  # and at none of the tokens' ids
     lp.TemperatureLogitsWarper,
     lp.TopKLogitsWarper,
     lp.TopPLogitsWarper,
@@ -32,10 +32,10 @@ _OF_SCORES = {
     lp.TypicalLogitsWarper,
     lp.EpsilonLogitsWarper,
     lp.EtaLogitsWarper,
-    lp.SuppressTokensLogitsProcessor,
     lp.LogitNormalization,
     lp.InfNanRemoveLogitsProcessor,
 }
+_OF_SCORES = _OF_VALUES | {lp.SuppressTokensLogitsProcessor}
 _OF_ONE_TEXT = _OF_SCORES | {
     lp.MinLengthLogitsProcessor,
     lp.MinNewTokensLengthLogitsProcessor,
@@ -104,15 +104,30 @@ class RowScores:
         """[B, R] a number for each row's draw; None where nothing is drawn. Rows of one depth share theirs."""
         if self.dice is None:
             return None
-        numbers = []
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            place = len(sequence.tokens) - sequence.prompt_length
-            depths = [place]
+        depths_BR = []
+        for draft in drafts:
+            depths = [0]
             for parent in draft.parents:
                 depths.append(depths[parent + 1] + 1)
-            depths += [place] * (logits_BRV.shape[1] - len(depths))
-            numbers.append([self.dice(sequence.index, depth) for depth in depths])
-        return torch.tensor(numbers, dtype=torch.float64, device=logits_BRV.device)
+            depths_BR.append(depths + [0] * (logits_BRV.shape[1] - len(depths)))
+        return self.numbers(sequences, depths_BR, logits_BRV.device)
+
+    def numbers(self, sequences: Sequence[SequenceState], depths_BR: list[list[int]], device: torch.device) -> Tensor:
+        """[B, R] the numbers that decide what follows rows of these depths below the last tokens."""
+        assert self.dice is not None, "nothing is drawn"
+        rows = [
+            [self.dice(s.index, len(s.tokens) - s.prompt_length + depth) for depth in depths]
+            for s, depths in zip(sequences, depths_BR, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float64, device=device)
+
+    def as_drawn(self, logits_NM: Tensor) -> Tensor:
+        """Probabilities of some tokens, by what a drafter says of them, as the target's are made."""
+        scores_NM = logits_NM.float().nan_to_num()
+        for processor in self.processors:
+            if type(processor) in _OF_VALUES:
+                scores_NM = processor(None, scores_NM)
+        return torch.softmax(scores_NM, dim=-1)
 
     def rows(self, sequences: Sequence[SequenceState], drafts: Sequence[Draft], logits_BRV: Tensor) -> Tensor:
         """[B, R, V] of all sequences; rows beyond a draft's end mean nothing."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foretell.decoding.policies import SPANS, check_policy, typical_thresholds
-from foretell.ops.sampling import take, to_probs
+from foretell.ops.sampling import race, take, to_probs
 from foretell.types import Draft, Verdict
 
 
@@ -84,15 +84,26 @@ def _verdicts(drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Tensor | 
     if policy == "typical":
         return _verify_typical(drafts, scores_BRV, uniform_BR)
     if uniform_BR is None:
-        choices = scores_BRV.argmax(-1).tolist()
-    elif any(draft.drawn(i) for draft in drafts for i in range(len(draft))):
-        return _verify_drawn(drafts, to_probs(scores_BRV), uniform_BR)
-    else:
-        # the target's own draw at each row: a chosen token is kept as often as it would have been drawn, and the text
-        # is what it would have been without drafts
-        probs_BRV = to_probs(scores_BRV)
-        choices = take(probs_BRV.flatten(0, 1), uniform_BR.flatten()).view(uniform_BR.shape).tolist()
-    return [verify_greedy(d, row[: 1 + len(d)]) for d, row in zip(drafts, choices, strict=True)]
+        return _follow(drafts, scores_BRV.argmax(-1))
+    probs_BRV, found = to_probs(scores_BRV), {}
+    groups: dict[bool, list[int]] = {}  # whatever stands beside a text, it stays what it is
+    for b, draft in enumerate(drafts):
+        groups.setdefault(any(map(draft.drawn, range(len(draft)))), []).append(b)
+    for drawn, few in groups.items():
+        of, whole = [drafts[b] for b in few], len(few) == len(drafts)
+        own_BRV, own_BR = (probs_BRV, uniform_BR) if whole else (probs_BRV[few], uniform_BR[few])
+        if drawn:
+            verdicts = _verify_drawn(of, own_BRV, own_BR)
+        else:
+            # the target's own draw at each row: a chosen token is kept as often as it would have been drawn, and the
+            # text is what it would have been without drafts
+            verdicts = _follow(of, race(own_BRV.flatten(0, 1), own_BR.flatten()).view(own_BR.shape))
+        found.update(zip(few, verdicts, strict=True))
+    return [found[b] for b in range(len(drafts))]
+
+
+def _follow(drafts: Sequence[Draft], choices_BR: Tensor) -> list[Verdict]:
+    return [verify_greedy(d, row[: 1 + len(d)]) for d, row in zip(drafts, choices_BR.tolist(), strict=True)]
 
 
 def _verify_drawn(drafts: Sequence[Draft], probs_BRV: Tensor, uniform_BR: Tensor) -> list[Verdict]:
@@ -161,7 +172,7 @@ def _verify_typical(drafts: Sequence[Draft], scores_BRV: Tensor, uniform_BR: Ten
     if uniform_BR is None:
         choices = scores_BRV.argmax(-1).tolist()
     else:
-        choices = take(flat, uniform_BR.flatten()).view(uniform_BR.shape).tolist()
+        choices = race(flat, uniform_BR.flatten()).view(uniform_BR.shape).tolist()
     R = probs_BRV.shape[1]
     asked = [(b * R + p + 1, t) for b, d in enumerate(drafts) for p, t in zip(d.parents, d.tokens, strict=True)]
     rows, tokens = [row for row, _ in asked], [token for _, token in asked]

@@ -21,7 +21,7 @@ from foretell.methods.base import MTPModule
 from foretell.models.attention import RowMasks
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target
-from foretell.ops.sampling import draw, over_vocabulary
+from foretell.ops.sampling import draw, first_of_race, over_vocabulary
 from foretell.types import Draft, ModuleDrafter, SequenceState, Warp, Worth
 
 READ_ROWS = 256  # of all sequences in one forward of a module: what its mask takes grows by the text's length only
@@ -159,15 +159,26 @@ class OwnDrafter(ModuleDrafter):
         left_B1 = (1 - sure_B1) / (1 - probs_BS[:, :1]).clamp(min=1e-6)
         return torch.cat([sure_B1, probs_BS[:, 1:] * left_B1], dim=1)
 
-    def _guesses(self, logits_BM: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, S] tokens, best first, their probabilities and, where they are drawn, what they are drawn from [B, V]."""
+    def _guesses(
+        self, logits_BM: Tensor, width: int, sequences: Sequence[SequenceState], depths: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, S] tokens, best first, their probabilities and, where they are drawn, what they are drawn from [B, V].
+        depths: of the rows below the last tokens that they follow.
+        """
         if self.sample:
             probs_BV = self.proposals(logits_BM)
             tokens_B1 = draw(probs_BV, self.generator)[:, None]
             return tokens_B1, probs_BV.gather(1, tokens_B1), probs_BV
         sure_BS, tokens_BS = probabilities(logits_BM).topk(min(width, logits_BM.shape[1]))
         ids = self.module.draft_vocab_ids
-        return tokens_BS if ids is None else ids[tokens_BS], self.rated(sure_BS), None
+        tokens_BS, sure_BS = tokens_BS if ids is None else ids[tokens_BS], self.rated(sure_BS)
+        for scores, rows in [] if self.scores is None else self.scores.parts(sequences):
+            if scores.dice is not None:
+                few, at = [sequences[b] for b in rows], [[depths[b]] for b in rows]
+                number_N = scores.numbers(few, at, logits_BM.device)[:, 0]
+                first = first_of_race(scores.as_drawn(logits_BM[list(rows)]), ids, number_N, tokens_BS.shape[1])
+                tokens_BS[list(rows)], sure_BS[list(rows)] = first[0], first[1].to(sure_BS)
+        return tokens_BS, sure_BS, None
 
     def last_tokens(self, sequences: Sequence[SequenceState], drafts: list[Draft]) -> Tensor:
         """[B] what the next token follows."""
@@ -222,13 +233,15 @@ class ChainDrafter(OwnDrafter, ABC):
             for s, length, draft in zip(sequences, lengths, drafts, strict=True)
         ]
         picked: list[Picked] = []
+        begun = [len(draft) - 1 for draft in drafts]
         for k in range(1, max(wanted, default=0) + 1):
             if worth is not None:
                 go_on = worth(self.name, drafts)
                 wanted = [n if goes or n < k else k - 1 for n, goes in zip(wanted, go_on, strict=True)]
             if max(wanted) < k:
                 break
-            tokens_BS, sure_BS, probs_BV = self._guesses(self._step(sequences, drafts, k, wanted), self.guesses)
+            logits_BM, depths = self._step(sequences, drafts, k, wanted), [before + k for before in begun]
+            tokens_BS, sure_BS, probs_BV = self._guesses(logits_BM, self.guesses, sequences, depths)
             picked.append((k, tokens_BS, sure_BS, probs_BV))
             if self.on_device:
                 self._hold(sequences, k, tokens_BS[:, 0])

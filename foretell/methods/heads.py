@@ -273,13 +273,18 @@ class HeadsDrafter(OwnDrafter):
             return drafts
         self.calls += 1
         products_BKM, states_BKD = self._products(sequences, depth)
-        self._walk(drafts, products_BKM, states_BKD, self.last_tokens(sequences, drafts), asked)
+        self._walk(sequences, drafts, products_BKM, states_BKD, asked)
         if self.guesses > 1 and self.module.bigram is None:
             branch(drafts)
         return drafts
 
     def _walk(
-        self, drafts: list[Draft], products_BKM: Tensor, states_BKD: Tensor, begin_B: Tensor, asked: list[int]
+        self,
+        sequences: Sequence[SequenceState],
+        drafts: list[Draft],
+        products_BKM: Tensor,
+        states_BKD: Tensor,
+        asked: list[int],
     ) -> None:
         """The tree of ranks given by the caller, or a chain of first guesses and beside each its likely others, for
         `branch`. Level by level, since a bigram makes what a head says depend on the guess before.
@@ -287,6 +292,7 @@ class HeadsDrafter(OwnDrafter):
         depth, tree = products_BKM.shape[1], None if self.sample or self.guesses > 1 else self.tree
         if not tree:
             tree = [(0,) * k + (rank,) for k in range(depth) for rank in range(1 if self.sample else self.guesses)]
+        begin_B = self.last_tokens(sequences, drafts)
         made: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {(): (begin_B, begin_B, None)}
         said: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
         for parent in sorted({ranks[:-1] for ranks in tree if len(ranks) <= depth}, key=len):
@@ -296,7 +302,8 @@ class HeadsDrafter(OwnDrafter):
             before = k if self.module.bigram is None else parent
             if before not in said:
                 width = 1 + max(ranks[-1] for ranks in tree if len(ranks) == k + 1)
-                said[before] = self._guesses(self.said(products_BKM[:, k], states_BKD[:, k], made[parent][0]), width)
+                logits_BM = self.said(products_BKM[:, k], states_BKD[:, k], made[parent][0])
+                said[before] = self._guesses(logits_BM, width, sequences, [k] * len(drafts))
             tokens_BS, sure_BS, probs_BV = said[before]
             for ranks in children:
                 if ranks[-1] < tokens_BS.shape[1]:

@@ -25,7 +25,7 @@ from foretell.methods.chain import ChainDrafter, probabilities
 from foretell.models.fast import fast_view
 from foretell.models.slot_cache import SlotCache
 from foretell.models.target import Target, TargetRows
-from foretell.ops.sampling import draw
+from foretell.ops.sampling import draw, race
 from foretell.types import Draft, SequenceState, Worth
 
 Layout = Literal["linear", "quadratic", "auto", "two_pass"]
@@ -140,6 +140,13 @@ class MaskedDrafter(ChainDrafter):
         probs_BV = probabilities(self.warp(logits_BV) if self.sample and self.warp is not None else logits_BV)
         token_B = draw(probs_BV, self.generator) if self.sample else probs_BV.argmax(-1)
         sure_B = probs_BV.gather(1, token_B[:, None])[:, 0]
+        for scores, at in [] if self.scores is None or self.sample else self.scores.parts(sequences):
+            if scores.dice is not None:  # its own draw, unless what it has said has a say in it
+                number_N1 = scores.numbers([sequences[b] for b in at], [[0] for _ in at], device)
+                token_B[list(at)], sure_B[list(at)] = (
+                    race(probabilities(scores.warp(logits_BV[list(at)])), number_N1[:, 0]),
+                    1.0,
+                )
         for b, sequence in enumerate(sequences):
             self._states[sequence.slot] = rows.post_norm_BRD[b, 1:]
         self.calls += 1

@@ -126,7 +126,7 @@ def test_who_has_the_same_distribution_meets_every_draw():
 
 
 def test_who_has_another_distribution_meets_as_many_as_the_theorem_says():
-    """Daliri, Musco and Suresh (arXiv 2408.07978): at least (1 - d) / (1 + d) of them; more than the likeliest token's."""
+    """Daliri, Musco and Suresh (arXiv 2408.07978): at least (1 - d) / (1 + d) of them; more than by a guess."""
     p_V, q_V = some_probs(1, seed=1)[0], some_probs(1, seed=3)[0].lerp(some_probs(1, seed=1)[0], 0.5)
     number_N = numbers(ROWS)
     drawn_N = race(p_V.expand(ROWS, -1), number_N)

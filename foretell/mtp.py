@@ -171,7 +171,8 @@ class MTPModel(Learning):
             "static_k" and "confadapt" num_draft_tokens is the span k, the target's own token included; every forward
             commits k tokens, or the leading ones of at least confidence_threshold (0.9 if None), unverified.
         drafter: "mtp", "lookup", "mtp+lookup", or Drafter objects.
-        draft_sample_method: "greedy" (argmax drafts, one-hot) or "probabilistic" (drawn from the module).
+        draft_sample_method: "greedy" (the likeliest; where the target samples, what is likeliest to be its draw) or
+            "probabilistic" (drawn from the module, kept by rejection sampling).
         draft_dtype: of the weights that draft: "float32", "bfloat16", "int8" (with rows of bf16), or "auto", what is
             fastest for each product by measurement. No verified text depends on it; lossy spans keep the module's own.
         draft_tree: for parallel heads, which guesses are verified together (foretell.cartesian_tree, calibrated_tree);

@@ -120,14 +120,11 @@ def torch_worker(model_path: str, dtype: str, threads: int) -> dict[str, Callabl
     return {"about": about, "bandwidth": bandwidth, "rows": rows, "generate": generate, "gap": gap}
 
 
-def llama_worker(source: str, threads: int) -> dict[str, Callable[..., Any]]:
-    """llama.cpp over an f32 GGUF."""
+def f32_file(source: str, path: str) -> None:
+    """A GGUF file with the same contents, dequantised."""
     import gguf
     import numpy as np
-    import xllamacpp
 
-    folder = tempfile.TemporaryDirectory()
-    path = f"{folder.name}/f32.gguf"
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for entry in reader.fields.values():
@@ -143,6 +140,15 @@ def llama_worker(source: str, threads: int) -> dict[str, Callable[..., Any]]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def llama_worker(source: str, threads: int) -> dict[str, Callable[..., Any]]:
+    """llama.cpp over an f32 GGUF."""
+    import xllamacpp
+
+    folder = tempfile.TemporaryDirectory()
+    path = f"{folder.name}/f32.gguf"
+    f32_file(source, path)
     servers = {}
     for name, kind in SPECULATION.items():
         params = xllamacpp.CommonParams()

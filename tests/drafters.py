@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foretell.decoding.compose import Composed
 from foretell.methods.sequential import SequentialConfig
-from foretell.models.mtp_block import _set_gain
+from foretell.models.mtp_block import _set_gain, residual_size
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.types import Draft, Drafter, SequenceState, Worth
 
@@ -63,8 +63,9 @@ def knowing_mtp(model: nn.Module, noise: float = 0.0, **settings: object) -> MTP
 def _know_by_attention(mtp: MTPModel, noise: float, generator: torch.Generator) -> None:
     """Each row attends to itself and adds its embedding to its state, as far as the values are wide."""
     D = mtp.target.hidden_size
-    if mtp.module.config.hidden_layers:
-        mtp.module.entry.fc.weight.div_(mtp.module.entry.fc.weight.max())
+    if mtp.module.config.hidden_layers:  # states of size one
+        size = mtp.module.entry.fc.weight.max() if mtp.module.config.fc_norm else residual_size(mtp.target)
+        mtp.module.entry.fc.weight.div_(size)
     for block in mtp.module.blocks:
         attention = block.block.self_attn.inner
         q, k, v, o = (getattr(attention, f"{name}_proj").weight for name in "qkvo")

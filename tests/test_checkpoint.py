@@ -76,6 +76,7 @@ def test_a_module_comes_back_bit_for_bit(architecture, tmp_path):
         {"depth": 3, "shared_module": True},
         {"hidden_source": "pre_norm", "fusion_order": "hidden_embedding", "chain_raw": True},
         {"block": "eagle3", "shared_module": True, "hidden_layers": [0, 1]},
+        {"block": "eagle3", "shared_module": True, "hidden_layers": [0, 1], "fc_norm": False},
         {"draft_vocab_size": 31},
     ],
 )

@@ -230,6 +230,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layers": {"hidden_layers": [1]},
     "eagle3": {"block": "eagle3", "draft_vocab_size": 90},
     "eagle3 shared layers": {"block": "eagle3", "shared_module": True, "hidden_layers": [0, 1]},
+    "published": {"block": "eagle3", "shared_module": True, "hidden_layers": [0, 1], "fc_norm": False},
     "chain_raw": {"chain_raw": True},
     "pre_norm": {"hidden_source": "pre_norm"},
     "hidden_embedding": {"fusion_order": "hidden_embedding"},

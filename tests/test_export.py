@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import gguf
 import peft
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from foretell import HeadsConfig, MaskedConfig, MTPModel, SequentialConfig, get_mtp_model
 from foretell.cli import main
 from foretell.export import FORMATS, Job, export_module, load_for_export
+from foretell.export.gguf import read_gguf, turned, write_gguf
 from foretell.export.parity import Reader, own_logits, replay
 
 K, ONE, DRAFTED = 3, {"depth": 3, "shared_module": True}, 20
@@ -62,6 +64,8 @@ CASES = {
         "eagle3",
         lambda: sequential("llama", {}, **EAGLE3, hidden_layers=[0, 1], draft_vocab_size=DRAFTED),
     ),
+    "eagle3 published": ("eagle3", lambda: published()),
+    "eagle3 published mistral": ("eagle3", lambda: published("mistral", sliding_window=None, head_dim=16)),
     "eagle3 before the norm": ("eagle3", lambda: sequential("qwen2", {}, **EAGLE3, hidden_source="pre_norm")),
     "eagle3 qwen3": ("eagle3", lambda: sequential("qwen3", {}, **EAGLE3, draft_vocab_size=DRAFTED)),
     "medusa": ("medusa", lambda: heads(share_unembedding=False, num_layers=2)),
@@ -70,6 +74,12 @@ CASES = {
     "peft": ("peft", lambda: uno()),
     "hub": ("hub", lambda: heads(draft_vocab_size=DRAFTED)),
 }
+
+
+def published(name: str = "llama", hidden_layers: tuple = (0, 1, 3), **changes: object) -> MTPModel:
+    """A head as EAGLE-3 has it, reading three of four layers."""
+    how = {**EAGLE3, "fc_norm": False, "hidden_layers": list(hidden_layers), "draft_vocab_size": DRAFTED}
+    return sequential(name, {"num_hidden_layers": 4, **changes}, **how)
 
 
 def heads(**settings: object) -> MTPModel:
@@ -90,7 +100,7 @@ def test_what_is_written_reads_back_as_the_module(tmp_path, case, dtype):
     said = export_module(make(), to, tmp_path / "out", check=True, dtype=dtype, licence="mit")
     assert any(line.startswith("checked: ") for line in said)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".gguf"}
     for path in files:
         if path.suffix == ".safetensors":
             kinds = {t.dtype for t in load_file(path).values() if t.is_floating_point()}
@@ -109,6 +119,7 @@ NAMES = {
     "eagle3 last": MIDLAYER | {"fc.weight", "fc_norm.0.weight", "norm.weight", "lm_head.weight"},
     "eagle3 layers": MIDLAYER
     | {"fc.weight", "fc_norm.0.weight", "fc_norm.1.weight", "norm.weight", "lm_head.weight", "d2t"},
+    "eagle3 published": MIDLAYER | {"fc.weight", "norm.weight", "lm_head.weight", "d2t"},
     "medusa": {f"{h}.{i}.linear.{kind}" for h in range(K) for i in range(2) for kind in ("weight", "bias")}
     | {f"{h}.2.weight" for h in range(K)},
 }
@@ -134,7 +145,13 @@ def test_names_and_settings_are_the_engines(tmp_path, case):
     if to == "eagle3":
         ids = mtp.mtp_config.hidden_layers or [2]  # numbers of layers run: the last state of a model of two layers
         assert config["eagle_aux_hidden_state_layer_ids"] == ids and config["num_aux_hidden_states"] == len(ids)
-        assert config["eagle_config"] == {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": ids}
+        plain = case == "eagle3 published"
+        assert config["fc_norm"] is not plain and config["norm_before_fc"] is False
+        theirs = [-1, 0, 2] if plain else ids  # SGLang counts a layer from its output, and reads this alone
+        assert config["eagle_config"] == {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": theirs}
+        assert any("--speculative-algorithm EAGLE3 " in line for line in said) is plain
+        assert any(line.startswith("llama-server -m TARGET.gguf --spec-type draft-eagle3") for line in said) is plain
+        assert (tmp_path / "out" / "model.gguf").exists() is plain
         assert config["speculators_config"]["verifier"]["name_or_path"] == "some/model"
         assert config["norm_before_residual"] is False and config["transformer_layer_config"]["model_type"] == "llama"
         if "d2t" in tensors:  # offsets
@@ -165,7 +182,7 @@ def wrong_files(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, dict[s
     both = {"mimo llama": "model.mtp_layers.0.input_proj.weight", "eagle3 last": "midlayer.self_attn.q_proj.weight"}
     if case in both:
         out["halves swapped"] = swapped(tensors, both[case])
-    if case == "eagle3 layers":
+    if "d2t" in tensors:
         out["layers swapped"] = swapped(tensors, "fc.weight")
         out["d2t absolute"] = tensors | {"d2t": tensors["d2t"] + torch.arange(DRAFTED)}
     return out
@@ -192,6 +209,93 @@ def test_wrong_files_are_caught(tmp_path, case):
         passed.append(wrong)
     # scales that a norm behind them takes away again
     assert set(passed) <= {"fc.weight doubled"}
+
+
+GGUF = {f"attn_{name}" for name in ("norm", "norm_2", "q", "k", "v", "output")} | {"ffn_norm"}
+GGUF = {f"blk.0.{name}.weight" for name in GGUF | {"ffn_gate", "ffn_up", "ffn_down"}}
+GGUF |= {"fc.weight", "output_norm.weight", "output.weight", "d2t"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_file_for_llama_cpp_says_what_its_reader_asks(tmp_path, dtype):
+    """Names and keys of its source, written out; two rows that one angle turns stand side by side, ours half a head
+    apart."""
+    mtp = published(rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    export_module(mtp, "eagle3", tmp_path / "out", dtype=dtype)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    wanted = {"block_count": 1, "target_layers": [0, 1, 3], "target_hidden_size": 32, "embedding_length": 32}
+    wanted |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8, "vocab_size": VOCAB}
+    wanted |= {"attention.value_length": 8, "rope.dimension_count": 8, "rope.freq_base": 5000.0, "context_length": 512}
+    assert {name: keys[f"eagle3.{name}"] for name in wanted} == wanted and keys["general.architecture"] == "eagle3"
+    assert keys["eagle3.attention.layer_norm_rms_epsilon"] == pytest.approx(mtp.model.config.rms_norm_eps)
+    assert keys["tokenizer.ggml.model"] == "none"
+    said = {one.name: one for one in reader.tensors}
+    kinds, d2t = {name: one.tensor_type.name for name, one in said.items()}, said.pop("d2t")
+    assert kinds.keys() == GGUF and kinds["d2t"] == "I64" and d2t.data.tolist() == mtp.module.draft_vocab_ids.tolist()
+    tensors = {n: torch.tensor(gguf.quants.dequantize(one.data, one.tensor_type)) for n, one in said.items()}
+    assert {kinds[name] for name in tensors if tensors[name].dim() == 2} == {"F32" if dtype == "fp32" else "BF16"}
+    assert {kinds[name] for name in GGUF if name.endswith(("norm.weight", "norm_2.weight"))} == {"F32"}
+    assert tensors["fc.weight"].shape == (32, 96)
+    block = mtp.module.blocks[0].block
+    for name, heads in (("q", 4), ("k", 2)):
+        own = getattr(block.self_attn.inner, f"{name}_proj").weight
+        own = own if dtype == "fp32" else own.bfloat16().float()
+        for row in range(8 * heads):
+            head, place = divmod(row, 8)
+            ours = own[8 * head + place // 2 + 4 * (place % 2)]
+            assert torch.equal(tensors[f"blk.0.attn_{name}.weight"][row], ours)
+    assert torch.allclose(tensors["blk.0.ffn_down.weight"], block.mlp.down_proj.weight, atol=1e-2)
+
+
+@pytest.mark.usefixtures("_one_text")
+def test_wrong_files_for_llama_cpp_are_caught(tmp_path):
+    mtp = published()
+    export_module(mtp, "eagle3", tmp_path / "out")
+    form, job, file = FORMATS["eagle3"], Job(mtp=mtp, out=tmp_path, model=""), tmp_path / "out" / "model.gguf"
+    tensors, said = read_gguf(file, json.loads((file.parent / "config.json").read_text()))
+    assert any(line.startswith("model.gguf: logits of depths") for line in form.check(job, file.parent))
+    ids, q = "eagle_aux_hidden_state_layer_ids", "midlayer.self_attn.q_proj.weight"
+    wrong = {f"{name} left out": ({n: t for n, t in tensors.items() if n != name}, said) for name in tensors}
+    wrong |= {f"{n} negated": ({**tensors, n: -t}, said) for n, t in tensors.items() if n != "d2t"}
+    wrong["q in transformers' order"] = ({**tensors, q: turned(q, tensors[q], said, False)}, said)
+    wrong["layers swapped"] = (swapped(tensors, "fc.weight"), said)
+    wrong["d2t of offsets"] = ({**tensors, "d2t": tensors["d2t"] - torch.arange(DRAFTED)}, said)
+    for name, value in {"rope_theta": 100.0, "rms_norm_eps": 0.1}.items():
+        wrong[name] = (tensors, {**said, name: value})
+    wrong["layers"] = (tensors, {**said, ids: [0, 1, 2]})
+    passed = []
+    for name, how in wrong.items():
+        write_gguf(file, *how)
+        try:
+            form.check(job, file.parent)
+        except ValueError:
+            continue
+        passed.append(name)
+    assert passed == []
+    settings = json.loads((file.parent / "config.json").read_text())  # vLLM's file, of other layers
+    (file.parent / "config.json").write_text(json.dumps({**settings, ids: [0, 1, 2]}))
+    with pytest.raises(ValueError, match="depth 1 by"):
+        form.check(job, file.parent)
+
+
+OTHERS = {
+    "norms": (lambda: sequential("llama", {}, **EAGLE3), ["not for SGLang and llama.cpp", "a norm of each state"]),
+    "states": (lambda: published(hidden_layers=(1, 3)), ["not for SGLang and llama.cpp", "2 hidden_layers, not three"]),
+    "biases": (lambda: published("qwen2"), ["not for SGLang and llama.cpp", "biases"]),
+    "queries": (lambda: published("qwen3"), ["not for SGLang and llama.cpp", "norms of queries"]),
+    "angles": (lambda: published(rope_parameters=LLAMA3), ["no model.gguf was written", "angles of type llama3"]),
+    "layer": (lambda: published(hidden_act="gelu"), ["no model.gguf was written", "a layer with gelu"]),
+}
+
+
+@pytest.mark.usefixtures("_one_text")
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_other_engines_cannot_read_is_said(tmp_path, case):
+    make, wanted = OTHERS[case]
+    *_, last = export_module(make(), "eagle3", tmp_path / "out")
+    assert all(words in last for words in wanted)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_wrong_adapters_are_caught(tmp_path):

@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 CASES = [*METHODS, "shared", "layers", "eagle3"]
 OTHER_FORM = ("phi3", "olmo2", "gpt_neox", "deepseek_v3")  # layers that cannot be EAGLE-3's
 PAIRS = [(m, a) for m in CASES for a in ARCHITECTURES if m != "eagle3" or a not in OTHER_FORM]
+PAIRS.append(("published", "llama"))
 SUPERVISIONS = [
     ("labels", "ce"),
     ("teacher", "ce"),
@@ -64,6 +65,8 @@ def settings(method: str, **changes: Any) -> MTPConfig:
         return settings("sequential", **{"shared_module": True, "hidden_layers": [0, 1], **changes})
     if method == "eagle3":
         return settings("layers", block="eagle3", **changes)
+    if method == "published":
+        return settings("eagle3", fc_norm=False, **changes)
     return config_class(method)(**{**SETTINGS[method], **changes})
 
 
@@ -316,8 +319,9 @@ class Plain:
             with torch.no_grad() if detach else torch.enable_grad():
                 found = self.decoder(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
             entry, states = self.mtp.module.entry, [found.hidden_states[i] for i in self.config.hidden_layers]
-            parts = [norm(state) for norm, state in zip(entry.norms, states, strict=True)]
-            source = F.linear(torch.cat(parts, dim=-1), entry.fc.weight)
+            if self.config.fc_norm:
+                states = [norm(state) for norm, state in zip(entry.norms, states, strict=True)]
+            source = F.linear(torch.cat(states, dim=-1), entry.fc.weight)
         return list(self.states(ids, source, detach)), after.detach()
 
 
@@ -858,6 +862,14 @@ def test_an_entry_of_several_states_starts_as_the_last():
     mtp = get_mtp_model(tiny_model(), SequentialConfig(depth=1, hidden_layers=[0, 1]))
     states = torch.randn(2, 3, 64)
     torch.testing.assert_close(mtp.module.entry(states), mtp.module.entry.norms[1](states[..., 32:]))
+    plain = SequentialConfig(depth=1, hidden_layers=[0, 1], block="eagle3", fc_norm=False)
+    torch.testing.assert_close(get_mtp_model(tiny_model(), plain).module.entry(states), states[..., 32:])
+
+
+@pytest.mark.parametrize("changes", [{"block": "mtp", "hidden_layers": [0, 1]}, {"block": "eagle3"}])
+def test_norms_that_are_none_cannot_be_left_out(changes):
+    with pytest.raises(ValueError, match="fc_norm: got False, wanted True where block is not 'eagle3' or"):
+        SequentialConfig(depth=1, fc_norm=False, **changes).build(make("sequential").target)
 
 
 @pytest.mark.parametrize("architecture", OTHER_FORM)

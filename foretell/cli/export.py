@@ -9,8 +9,8 @@ from typing import Any
 from foretell.cli.loading import load_target
 from foretell.config import parse
 
-TO = """mimo (vLLM, SGLang), eagle3 (vLLM), medusa (vLLM up to 0.32, TensorRT-LLM), native (a checkpoint of DeepSeek-V3,
-GLM-4-MoE, MiMo), peft (SGLang), hub (a folder to upload, with a card)"""
+TO = """mimo (vLLM, SGLang), eagle3 (vLLM; some SGLang, llama.cpp), medusa (vLLM up to 0.32, TensorRT-LLM),
+native (a checkpoint of DeepSeek-V3, GLM-4-MoE, MiMo), peft (SGLang), hub (a folder to upload, with a card)"""
 
 
 @dataclass(kw_only=True)

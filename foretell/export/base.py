@@ -113,7 +113,8 @@ def served(job: Job, method: str, more: Sequence[str] = (), sglang: bool = False
     K, out = str(job.config.depth), str(job.out)
     spec = json.dumps({"method": method, "model": out, "num_speculative_tokens": int(K)})
     said = [shlex.join(["vllm", "serve", job.model, *more, "--speculative-config", spec])]
-    words = ["python", "-m", "sglang.launch_server", "--model-path", job.model, "--speculative-algorithm", "EAGLE"]
+    kind = "EAGLE3" if method == "eagle3" else "EAGLE"
+    words = ["python", "-m", "sglang.launch_server", "--model-path", job.model, "--speculative-algorithm", kind]
     words += ["--speculative-draft-model-path", out, "--speculative-num-steps", K, "--speculative-eagle-topk", "1"]
     return [*said, shlex.join([*words, "--speculative-num-draft-tokens", str(int(K) + 1)])] if sglang else said
 

@@ -4,26 +4,32 @@ Names, shapes and rules as vLLM 0.32.0 reads them (models/llama_eagle3.py, model
 transformers_utils/configs/speculators). d2t holds offsets; it is not written where no token is left out, which vLLM
 refuses. A file without norm, q_proj, o_proj or fc loads in vLLM without a word.
 
-SGLang 0.5 (models/llama_eagle3.py) and llama.cpp (b11549) are refused by name: they read three states, without a norm
-of each before fc. What foretell trains has such norms, or starts from the last state, which llama.cpp cannot take.
+SGLang 0.5.23 (models/llama_eagle3.py, not run) takes the same file and llama.cpp (gguf.py) one of its own, where the
+head is as EAGLE-3 was published: three states, without a norm of each before fc, none of them the last. SGLang counts a
+layer's number from its output, one less than vLLM, and reads eagle_config; vLLM reads what stands beside it first.
 """
 
 # B sequences, T positions, D hidden width, V vocabulary, M draft vocabulary.
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from foretell.export import base
-from foretell.export.base import Job
-from foretell.export.parity import Draft, Reader
+from foretell.export.base import CONFIG, Job
+from foretell.export.gguf import FILE, gguf_misfits, read_gguf, write_gguf
+from foretell.export.parity import Draft, Reader, same_logits, texts
 from foretell.models.target import Target, TargetRows
 from foretell.ops.sampling import over_vocabulary
 
@@ -61,6 +67,15 @@ class Eagle3Layer(Reader):
             states = torch.cat([norm(part) for norm, part in parts], dim=-1)
         return self.fc(states)
 
+    def said(self, target: Target, ids_1T: Tensor, anchors: Sequence[int], K: int) -> Tensor:
+        """See Reader; of the states that the file names."""
+        own = target.hidden_layers
+        target.hidden_layers = () if self.ids == [len(target.layers)] else tuple(self.ids)
+        try:
+            return super().said(target, ids_1T, anchors, K)
+        finally:
+            target.hidden_layers = own
+
     def step(
         self, embedding_BTD: Tensor, hidden_BTD: Tensor, positions_BT: Tensor, cache: Any
     ) -> tuple[Tensor, Tensor]:
@@ -82,7 +97,7 @@ class Eagle3Layer(Reader):
 class Eagle3(Draft):
     """See the module's text."""
 
-    readers = "vLLM (method eagle3), speculators"
+    readers = "vLLM (method eagle3), speculators, and as EAGLE-3 was published SGLang, llama.cpp"
     reader = Eagle3Layer
 
     def misfits(self, job: Job) -> list[str]:
@@ -124,22 +139,53 @@ class Eagle3(Draft):
         layer |= base.layer_settings(job) | {"attention_bias": attention.q_proj.bias is not None}
         layer["head_dim"] = attention.q_proj.out_features // target.config.num_attention_heads
         layer["num_aux_hidden_states"] = len(ids)
-        layer["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": ids}
         size = target.vocab_size if module.draft_vocab_ids is None else len(module.draft_vocab_ids)
         said: dict[str, Any] = dict.fromkeys(("norm_before_residual", "norm_before_fc", "norm_output"), False)
         said |= {"draft_vocab_size": size, "target_hidden_size": target.hidden_size}
         said["eagle_aux_hidden_state_layer_ids"] = ids
-        said["fc_norm"] = bool(config.hidden_layers) or config.hidden_source == "post_norm"
+        said["fc_norm"] = config.fc_norm if config.hidden_layers else config.hidden_source == "post_norm"
         said["architectures"] = ["Eagle3Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLMEagle3"]
+        others = ids if unpublished({**layer, **said}) else [i - 1 for i in ids]  # SGLang's numbers
+        layer["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": others}
         verifier = {"name_or_path": job.model, "architectures": [type(target.model).__name__]}
         proposals = [{"proposal_type": "greedy", "speculative_tokens": config.depth}]
         speculators = {"algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": proposals}
         said |= {"speculators_model_type": "eagle3", "speculators_config": {**speculators, "verifier": verifier}}
         return {**layer, **said, "transformer_layer_config": layer}
 
+    def write(self, job: Job, folder: Path) -> list[str]:
+        """See Format."""
+        lines, said = super().write(job, folder), self.settings(job)
+        if not unpublished(said) and not gguf_misfits(job, said):
+            write_gguf(folder / FILE, load_file(folder / self.weights), said)
+        return lines
+
+    def check(self, job: Job, folder: Path) -> list[str]:
+        """See Format."""
+        found = super().check(job, folder)
+        if (folder / FILE).exists():
+            tensors, said = read_gguf(folder / FILE, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+            same = same_logits(job, self._filled(job, self.reader(said), tensors), texts(job))
+            found += [f"{FILE}: {line}" for line in same]
+        return found
+
     def lines(self, job: Job) -> list[str]:
         """See Draft."""
         alone = f"{shlex.join(['vllm', 'serve', str(job.out)])}  # the same: its config names {job.model}"
-        sglang = "not for SGLang: its layer reads three states without norms; it reads modules of block mtp (mimo)."
-        llama = "not for llama.cpp: it reads three states without norms, never the last; no GGUF was written."
-        return [*base.served(job, "eagle3"), alone, sglang, llama]
+        said = self.settings(job)
+        if other := unpublished(said):
+            only = f"not for SGLang and llama.cpp, which read EAGLE-3 as published: {', '.join(other)}."
+            return [*base.served(job, "eagle3"), alone, only]
+        words = ["llama-server", "-m", "TARGET.gguf", "--spec-type", "draft-eagle3", "--spec-draft-model"]
+        words += [str(job.out / FILE), "--spec-draft-n-max", str(job.config.depth)]
+        llama = f"{shlex.join(words)}  # TARGET.gguf: {job.model}, as llama.cpp converts it"
+        if found := gguf_misfits(job, said):
+            llama = f"not for llama.cpp, no {FILE} was written: {', '.join(found)}."
+        return [*base.served(job, "eagle3", sglang=True), alone, llama]
+
+
+def unpublished(said: dict[str, Any]) -> list[str]:
+    """What makes a head another than EAGLE-3's, from its config.json."""
+    other = {"a norm of each state (fc_norm)": said["fc_norm"], "biases": said["attention_bias"]}
+    other |= {f"{said['num_aux_hidden_states']} hidden_layers, not three": said["num_aux_hidden_states"] != 3}
+    return [what for what, so in other.items() if so] + (["norms of queries"] if said["model_type"] == "qwen3" else [])

@@ -63,6 +63,10 @@ class SequentialConfig(MTPConfig):
             "help": "States to start from instead of the last: each after so many layers (0: the embedding), ascending."
         },
     )
+    fc_norm: bool = field(
+        default=True,
+        metadata={"help": "A norm of each of hidden_layers (EAGLE-3.1); without, block eagle3 reads them as EAGLE-3."},
+    )
     initialisation: Literal["identity", "copy", "random"] = field(
         default="identity",
         metadata={"help": "Last layer copied and fusion passing the hidden state; random fusion; all random."},
@@ -73,6 +77,8 @@ class SequentialConfig(MTPConfig):
         found = super().problems()
         if self.block == "eagle3" and self.fusion_order != "embedding_hidden":
             found.append(f"fusion_order: got {self.fusion_order!r}, wanted 'embedding_hidden' with block='eagle3'.")
+        if not self.fc_norm and (self.block != "eagle3" or not self.hidden_layers):
+            found.append("fc_norm: got False, wanted True where block is not 'eagle3' or no hidden_layers are named.")
         return found
 
     def build(self, target: Target) -> SequentialModule:
@@ -94,9 +100,9 @@ class SequentialModule(MTPModule):
                 f"embedding) to {n - 1} of this model: a head that reads beyond is served nowhere else. Leave it out "
                 "for the last state."
             )
-        # nothing behind it scales what an eagle3 block runs on
-        size = residual_size(target) if config.block == "eagle3" and ids else 1.0
-        self.entry = Entry(target, len(ids), size) if ids else nn.Identity()
+        # nothing behind it scales what an eagle3 block runs on; states without a norm have the residual's size
+        size = residual_size(target) if config.block == "eagle3" and ids and config.fc_norm else 1.0
+        self.entry = Entry(target, len(ids), size, config.fc_norm) if ids else nn.Identity()
         self.reads_states, target.hidden_layers = not ids, ids
         blocks = 1 if config.shared_module else config.depth
         self.blocks = nn.ModuleList(
@@ -243,12 +249,12 @@ class SequentialModule(MTPModule):
 
 
 class Entry(nn.Module):
-    """h^0 from several of the target's states, each with a norm of its own (EAGLE-3.1); at the start the last."""
+    """h^0 from several of the target's states, at the start the last; with a norm of each (EAGLE-3.1) or without."""
 
-    def __init__(self, target: Target, states: int, size: float = 1.0) -> None:
+    def __init__(self, target: Target, states: int, size: float = 1.0, normed: bool = True) -> None:
         super().__init__()
         D, like = target.hidden_size, target.head.weight
-        self.norms = nn.ModuleList(fresh_norm(target.norm) for _ in range(states))
+        self.norms = nn.ModuleList(fresh_norm(target.norm) for _ in range(states if normed else 0))
         self.fc = nn.Linear(states * D, D, bias=False, device=like.device, dtype=target.dtype)
         with torch.no_grad():
             self.fc.weight.copy_(size * torch.eye(D).repeat(1, states) * (torch.arange(states * D) >= (states - 1) * D))
@@ -256,8 +262,9 @@ class Entry(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., n D] -> [..., D]."""
-        parts = states.to(self.fc.weight.dtype).chunk(len(self.norms), dim=-1)
-        normed = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+        norms = self.norms or (nn.Identity(),)
+        parts = states.to(self.fc.weight.dtype).chunk(len(norms), dim=-1)
+        normed = [norm(part) for norm, part in zip(norms, parts, strict=True)]
         return self.fc(torch.cat(normed, dim=-1)).to(states.dtype)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from transformers.generation import logits_process as lp
 
 from foretell.decoding.loop import Run
 from foretell.decoding.scores import RowScores
@@ -196,6 +197,18 @@ def test_each_place_has_its_own_number():
     assert uniform_BR[0].tolist() == by_depth[0, [0, 1, 2, 2]].tolist()
     assert uniform_BR[1, :2].tolist() == by_depth[1, :2].tolist()
     assert len(set(by_depth.flatten().tolist())) == 6
+
+
+def test_a_drafter_runs_at_the_callers_temperature():
+    """All that looks at scores alone is asked of what a drafter says too; not what looks at tokens' names."""
+    settings: list[Any] = [lp.TemperatureLogitsWarper(0.3), lp.TopKLogitsWarper(5)]
+    logits_NV = torch.randn(3, V, generator=torch.Generator().manual_seed(4))
+    scores = RowScores([*settings, lp.SuppressTokensLogitsProcessor([1, 2], device="cpu")], True)
+    wanted_NV = logits_NV
+    for one in settings:
+        wanted_NV = one(None, wanted_NV)
+    torch.testing.assert_close(scores.as_drawn(logits_NV), wanted_NV.softmax(-1))
+    assert (wanted_NV.softmax(-1) - logits_NV.softmax(-1)).abs().max() > 0.1
 
 
 def test_lossy_policies_judge_guesses():

@@ -265,6 +265,18 @@ def test_a_number_that_serves_two_rows_is_caught():
     assert p_value(two_tokens(one_for_all, one_hot_tree, DRAWS // 4, seed=3)) < LEAST_P / 100
 
 
+def test_drawn_drafts_beside_a_text_do_not_change_it():
+    """Chosen drafts, and none, are judged as they are alone."""
+    generator = torch.Generator().manual_seed(7)
+    drafts = [Draft([2, 1], [-1, 0]), Draft(), Draft([0, 1], [-1, 0], [DRAFT_FIRST_V, DRAFT_SECOND_VV[0]])]
+    for _ in range(60):
+        scores_BRV = torch.randn(3, 3, V, generator=generator)
+        uniform_BR = torch.rand(3, 3, generator=generator, dtype=torch.float64)
+        beside = verify_module.verify(drafts, scores_BRV, uniform_BR)
+        for b in range(3):
+            assert verify_module.verify([drafts[b]], scores_BRV[b : b + 1], uniform_BR[b : b + 1]) == [beside[b]]
+
+
 def test_chosen_drafts_said_to_be_sampled_are_caught():
     """Drafts by argmax must carry one-hot probabilities: with the drafter's softmax the output is not the target's."""
 

@@ -21,7 +21,7 @@ from foretell.models.slot_cache import SlotCache
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.serving.engine import Engine
 from foretell.serving.requests import Request
-from foretell.types import SequenceState
+from foretell.types import Draft, SequenceState
 
 MADE: dict[str, Any] = {
     # random targets, whose texts depend on all that they have read
@@ -117,18 +117,27 @@ def test_the_twin_can_fail(wrong, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["sequential", "shared", "heads", "gpt_neox", "one module"])
-def test_a_module_drafts_the_same(kind):
+def test_a_module_drafts_the_same(kind, monkeypatch):
     """Its own cache is taken over too: each request verifies the same drafts as after a fresh reading."""
     mtp, system = made(kind), list(range(3, 45))
     asks = [Request(input_ids=[*system, 50 + i, 60, 61 + i], max_new_tokens=14, num_draft_tokens=2) for i in range(5)]
     asks.append(replace_prompt(asks[0], alone(kind, asks[0]) if kind not in MADE else [9, 8, 7]))
-    records = {}
+    asks.append(replace(asks[0], max_new_tokens=13))  # nothing is left to read
+    drafter, records, drafts = type(mtp.drafter()), {}, {False: {}, True: {}}
+    draft = drafter.draft
+
+    def noted(own: Any, sequences: list[SequenceState], *how: Any) -> list[Draft]:
+        made = draft(own, sequences, *how)
+        drafts[share] |= {(s.index, len(s.tokens)): d.tokens for s, d in zip(sequences, made, strict=True)}
+        return made
+
+    monkeypatch.setattr(drafter, "draft", noted)
     for share in (False, True):
         with Engine(mtp, slots=3, drafter="mtp", prefix_caching=share) as engine:
             records[share] = [list(engine.submit(ask))[-1].stats.records for ask in asks]
             hits = engine.metrics()["prefix_hits"]
         assert (hits > 0) is share
-    assert records[True] == records[False]
+    assert records[True] == records[False] and drafts[True] == drafts[False]
 
 
 def replace_prompt(ask: Request, answer: list[int]) -> Request:

@@ -220,7 +220,7 @@ class HeadsDrafter(OwnDrafter):
         """See Watcher."""
         if source != target:
             self.move(source, target, length)
-        self._done[target] = min(self._done[source], length)
+        self._done[target] = min(self._done[source], max(length - 1, 0))  # the newest row is what drafts are read of
 
     def hold(self, slots: int) -> None:
         """See Watcher."""

@@ -149,7 +149,7 @@ class SlotStorage:
         """The sequence in slot source now lives in slot target."""
         if source >= self.slots:  # nothing was written for it yet
             return self.clear(target)
-        self.reserve(target + 1, length)
+        self.reserve(max(target + 1, self.slots), length)
         for grid in self._grids():
             grid[target, :length], grid[target, length:] = grid[source, :length], 0
 

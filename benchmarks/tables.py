@@ -305,7 +305,7 @@ def selfdistill_table(result: dict[str, Any]) -> list[str]:
 def rl_table(result: dict[str, Any]) -> list[str]:
     """Arms of benchmarks/rl.py: rollouts in CPU time, steps, tau."""
     arms = {arm: about for arm, about in result["arms"].items() if "tokens_per_cpu_second" in about}
-    peak = result.get("memory_bytes", {})
+    peak = {arm: f"{size / 2**30:.2f}" for arm, size in result.get("memory_bytes", {}).items()}
     steps = len(arms["off"]["steps"])
     lines = [
         "| | tokens a CPU second | times off | times TRL's | step, CPU s | in rollouts | tau | first to last third | "
@@ -318,7 +318,7 @@ def rl_table(result: dict[str, Any]) -> list[str]:
             f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {about.get('times_off', 0):.2f} | "
             f"{about.get('times_trl', 0):.2f} | {about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | "
             f"{about.get('tau', 1):.2f} | {about.get('tau_first', 1):.2f} to {about.get('tau_last', 1):.2f} | "
-            f"{about['reward']:.2f} | {same} | {peak.get(arm, 0) / 2**30:.2f} |"
+            f"{about['reward']:.2f} | {same} | {peak.get(arm, '')} |"
         )
     asked = result["settings"]
     return [

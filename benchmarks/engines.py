@@ -77,9 +77,9 @@ def llama(job: dict[str, Any]) -> dict[str, Any]:
         xllamacpp.Server(asked),
         {"version": xllamacpp.__version__, "texts": [], "drafted": 0, "accepted": 0},
     )
-    for ids in job["prompts"]:
+    for ids, length in zip(job["prompts"], job["lengths"], strict=True):
         said = server.handle_completions(
-            {"prompt": ids, "max_tokens": job["new_tokens"], "temperature": 0.0, "cache_prompt": False}
+            {"prompt": ids, "max_tokens": length, "temperature": 0.0, "cache_prompt": False}
         )
         found["texts"].append(said["choices"][0]["text"])
         found["drafted"] += said["timings"]["draft_n"]
@@ -185,25 +185,26 @@ def replayed(mtp: Any, texts: list[Text], K: int, zero_first: bool, whole: bool)
     return counts
 
 
+def lengths(texts: list[Text], new_tokens: int) -> list[int]:
+    """Of each answer before its end token: what a counter makes of drafts behind that is the engine's own affair."""
+    return [text.end - text.prompt - (text.end < text.prompt + new_tokens) for text in texts]
+
+
 def replayed_by_llama(mtp: Any, texts: list[Text], K: int, new_tokens: int) -> list[int]:
-    """llama.cpp's counters, [drafted, accepted], by our module and its rule: it drafts no further than its answer may
-    reach, and a draft counts when a token of the answer stands behind it.
-    """
+    """llama.cpp's counters, [drafted, accepted], by our module and its rule: no draft is an answer's last token."""
     import torch
 
     from foretell.export.parity import own_logits
 
     drafted = accepted = 0
-    for text in texts:
+    for text, length in zip(texts, lengths(texts, new_tokens), strict=True):
         said = own_logits(mtp.module, mtp.target, torch.tensor([text.ids])).argmax(-1).tolist()
-        known = text.prompt + 1
-        while known < text.end:
-            room = max(min(K, text.prompt + new_tokens - 1 - known), 0)
-            right = [draft == token for draft, token in zip(said[known - 2][:room], text.ids[known:], strict=False)]
-            run = [*right, False].index(False)
-            drafted += room
-            accepted += min(run, text.end - 1 - known)
-            known += run + 1
+        known, end = text.prompt + 1, text.prompt + length
+        while known < end:
+            drafts = said[known - 2][: min(K, end - 1 - known)]
+            right = [draft == token for draft, token in zip(drafts, text.ids[known:], strict=False)]
+            drafted, accepted = drafted + len(drafts), accepted + [*right, False].index(False)
+            known += [*right, False].index(False) + 1
     return [drafted, accepted]
 
 
@@ -341,7 +342,6 @@ def main(argv: list[str]) -> int:
         ("eagle3, layers 2, 15, 27, 8192 tokens, K = 3", "eagle3 layers", "eagle3", 3, None),
         ("medusa, K = 3", "medusa", "medusa", 3, None),
         ("eagle3 as published, layers 2, 15, 27, 8192 tokens, K = 3", "eagle3 published", "eagle3", 3, None),
-        ("llama.cpp: eagle3 as published, K = 1", "eagle3 published", "eagle3 llama", 1, None),
         ("llama.cpp: eagle3 as published, K = 3", "eagle3 published", "eagle3 llama", 3, None),
         (
             "llama.cpp: eagle3 as published, queries and keys in transformers' order",
@@ -357,12 +357,13 @@ def main(argv: list[str]) -> int:
     def in_llama(name: str, mtp: Any, folder: Path, K: int, wrong: Callable[..., None] | None) -> dict[str, Any]:
         place, whole = spoiled_gguf(folder, wrong) if wrong else folder, work / "target.gguf"
         target = str(whole) if whole.exists() else target_gguf(whole)
-        how = {**asked, "target": target, "draft": str(place / "model.gguf"), "drafts": K}
+        counted = lengths(texts, settings.new_tokens)
+        how = {**asked, "lengths": counted, "target": target, "draft": str(place / "model.gguf"), "drafts": K}
         found, wanted = in_engine(settings.llama, how, work), replayed_by_llama(mtp, texts, K, settings.new_tokens)
         row = {"case": name, "format": "eagle3 gguf", "drafts": K, "wrong": wrong is not None, "replay": wanted}
         if "failed" in found:
             return row | {"failed": found["failed"]}
-        said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        said = [tokenizer.decode(ids[:n]) for ids, n in zip(answers, counted, strict=True)]
         row |= {"engine": f"xllamacpp {found['version']}", "drafted": found["drafted"], "accepted": found["accepted"]}
         row |= {"same_text": sum(a == b for a, b in zip(found["texts"], said, strict=True))}
         return row | {"equal": [found["drafted"], found["accepted"]] == wanted}

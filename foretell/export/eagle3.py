@@ -4,7 +4,7 @@ Names, shapes and rules as vLLM 0.32.0 reads them (models/llama_eagle3.py, model
 transformers_utils/configs/speculators). d2t holds offsets; it is not written where no token is left out, which vLLM
 refuses. A file without norm, q_proj, o_proj or fc loads in vLLM without a word.
 
-SGLang 0.5.23 (models/llama_eagle3.py, not run) takes the same file and llama.cpp (gguf.py) one of its own, where the
+SGLang 0.5 (models/llama_eagle3.py, not run) takes the same file and llama.cpp (gguf.py) one of its own, where the
 head is as EAGLE-3 was published: three states, without a norm of each before fc, none of them the last. SGLang counts a
 layer's number from its output, one less than vLLM, and reads eagle_config; vLLM reads what stands beside it first.
 """

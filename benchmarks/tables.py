@@ -330,6 +330,33 @@ def rl_table(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def serve_table(result: dict[str, Any]) -> list[str]:
+    """Tokens a second of `foretell serve` by clients, and how many times another server's that is."""
+    asked = (name for name in result if isinstance(result[name], dict) and "foretell" in result[name])
+    ways = [(name, result[rival][name]) for rival in asked for name in ("foretell, drafts off", rival)
+            if name in result[rival]]  # fmt: skip
+    ours, clients = result["transformers serve"]["foretell"], list(result["transformers serve"]["foretell"])
+    names = [f"{n} client{'s' if int(n) > 1 else ''}" for n in clients]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(clients)) + "|"]
+    lines.append("| tokens a second | " + " | ".join(f"{ours[n]['tokens_per_second']:.0f}" for n in clients) + " |")
+    for name, found in ways:
+        cells = []
+        for n in clients:
+            low, high = found[n]["ours_against_it_spread"]
+            cells.append(f"{found[n]['ours_against_it']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else ""))
+        lines.append(f"| times {name} | {' | '.join(cells)} |")
+    bare = result["decoder alone"]
+    low, high = bare["decoder_against_server_spread"]
+    return [
+        *lines,
+        "",
+        f"SmolLM2-135M-Instruct, fp32, up to {result['new_tokens']} new tokens, greedy; medians of three interleaved",
+        "repeats (64 clients once), the spread in brackets. Sixteen requests at once, the decoder alone in one call is",
+        f"{bare['decoder_against_server']:.2f} ({low:.2f} to {high:.2f}) times as fast as through the server,",
+        f"which holds {bare['server_memory_against_decoder']:.2f} times its memory. " + where(result["provenance"]),
+    ]
+
+
 def data_table(result: dict[str, Any]) -> list[str]:
     """Tokens a second of each stage from raw chats to a step, by build and processes."""
     stages = {
@@ -371,6 +398,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("masked", "docs/masked.md", "masked", masked_table),
     ("selfdistill", "docs/selfdistill.md", "selfdistill", selfdistill_table),
     ("rl", "docs/rl.md", "rl", rl_table),
+    ("serve", "docs/serve.md", "serve", serve_table),
 ]
 
 

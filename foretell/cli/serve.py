@@ -31,7 +31,7 @@ class ServeSettings(ModelSettings):
         default=None, metadata={"help": f"What clients must send as their key; without it {KEY} of the environment."}
     )
     max_queued: int = field(default=64, metadata={"help": "Requests that may wait; one more is told to come later."})
-    slots: int = field(default=16, metadata={"help": "Requests that are decoded at once."})
+    slots: int = field(default=64, metadata={"help": "Requests that are decoded at once."})
     enable_prefix_caching: bool = field(
         default=True, metadata={"help": "Read once what prompts begin with alike; --no-enable-prefix-caching is off."}
     )

@@ -81,7 +81,7 @@ class LeaderboardSettings:
     model: str | None = field(default=None, metadata={"help": "Target; SmolLM2 without it."})
     answers: list[str] = field(default_factory=list, metadata={"help": "Folders of its answers; else a small one."})
     prompts: list[str] = field(default_factory=lambda: ["demo"], metadata={"help": "As foretell evaluate's."})
-    limit: int = field(default=2, metadata={"help": "Prompts of each category."})
+    limit: int = field(default=4, metadata={"help": "Prompts of each category; a batch holds those of one."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4], metadata={"help": "Prompts at once."})
     repeats: int = field(default=5, metadata={"help": "Of each prompt, at most."})
@@ -283,6 +283,10 @@ def main() -> None:
     unknown = [n for n in settings.only if n not in ENTRIES and n.removeprefix("economize ") not in PEERS]
     if unknown:
         raise SystemExit(f"only: got {unknown}, wanted names of {[*ENTRIES, *(f'economize {n}' for n in PEERS)]}")
+    if settings.limit < max(settings.batch_sizes):
+        raise SystemExit(
+            f"limit: got {settings.limit}, wanted {max(settings.batch_sizes)} at least: a batch is of one category."
+        )
     if not settings.document:
         write_json_atomic(settings.output, measured(settings))
     document(json.loads(Path(settings.output).read_text()), Path(settings.docs))
@@ -310,7 +314,9 @@ def measured(settings: LeaderboardSettings) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     result = {
         "settings": {
-            k: v for k, v in asdict(settings).items() if k not in ("model", "peer", "job", "work", "document")
+            k: v
+            for k, v in asdict(settings).items()
+            if k not in ("model", "answers", "peer", "job", "work", "document")
         },
         "model": Path(settings.model or "SmolLM2-135M-Instruct").name,
         "answers": {"rows": len(board.rows), "tokens": sum(sum(x >= 0 for x in r["labels"]) for r in board.rows)},
@@ -425,11 +431,12 @@ def document(result: dict[str, Any], path: Path) -> None:
         f"{result['answers']['rows']:,} answers of its own ({result['answers']['tokens']:,} tokens), "
         f"{result['seconds_each']:.0f} seconds of training for each entry, the search for its learning rate included. "
         f"Speed is against transformers' `generate` on {first['prompts']} prompts, decoded in turn with every other "
-        "way, with 95 % intervals; each answer was compared with transformers' own.", "",
+        f"way in {result['settings']['threads']} thread(s), with 95 % intervals; each answer was compared with "
+        "transformers' own.", "",
         f"![speed against transformers]({path.stem}.svg)", "",
     ]  # fmt: skip
     for batch in result["batches"]:
-        lines += [f"## Batch {batch['batch_size']}", ""]
+        lines += [f"## Batch {batch['batch_size']}", "", f"Repeats: {batch['repeats']}.", ""]
         lines += ["| way | times transformers | 95 % | tau | rank |", "|---|---|---|---|---|"]
         lines += [_row(row, ranks(batch["ways"])) for row in batch["ways"]]
         lines += [
@@ -468,7 +475,8 @@ def document(result: dict[str, Any], path: Path) -> None:
             f"at most, its {they_read:,.0f}: {other['times_faster_training']:.1f} times as many. Same answers, seconds "
             "and prompts, one run."
         )]  # fmt: skip
-    lines += ["", LIMITS]
+    missing = [name for name in ENTRIES if name not in result["entries"]]
+    lines += ["", f"Not in this run: {', '.join(missing)}." if missing else "", "", LIMITS]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
     plot(first["ways"], path.with_suffix(".svg"))

@@ -52,6 +52,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 KINDS = {"drift": ("off", "disabled", "standalone"), "cool": ("trl", "off", "history", "disabled", "standalone")}
 ARMS |= {f"{kind} {arm}": ARMS[arm] for kind, arms in KINDS.items() for arm in arms}
+for arm in ("drift disabled", "drift standalone"):  # so many whether they pay or not: tau then tells the drafters apart
+    ARMS[arm] = {**ARMS[arm], "num_speculative_tokens": "2"}
 THINGS = ("the sea", "a cat", "winter", "bread", "a train", "the moon", "a garden", "music", "rain", "a bridge")
 WORDS = ("always", "quiet", "small", "because", "under", "old", "bright", "slowly", "never", "green")
 

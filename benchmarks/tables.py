@@ -314,9 +314,10 @@ def rl_table(result: dict[str, Any]) -> list[str]:
     ]
     for arm, about in arms.items():
         same = "/".join(map(str, about["same_as_off"])) if "same_as_off" in about else ""
+        times = [f"{about[name]:.2f}" if name in about else "" for name in ("times_off", "times_trl")]
         lines.append(
-            f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {about.get('times_off', 0):.2f} | "
-            f"{about.get('times_trl', 0):.2f} | {about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | "
+            f"| {arm} | {about['tokens_per_cpu_second']:.1f} | {times[0]} | "
+            f"{times[1]} | {about['step_cpu_seconds']:.1f} | {about['share_in_rollouts']:.0%} | "
             f"{about.get('tau', 1):.2f} | {about.get('tau_first', 1):.2f} to {about.get('tau_last', 1):.2f} | "
             f"{about['reward']:.2f} | {same} | {peak.get(arm, '')} |"
         )

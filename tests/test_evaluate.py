@@ -175,6 +175,8 @@ def test_an_interrupted_run_goes_on_and_counts_nothing_twice(tmp_path):
 def test_chunks_hold_one_category():
     named = [("a", "x", [1]), ("b", "y", [2]), ("c", "x", [3]), ("d", "x", [4])]
     assert [(c.category, c.names) for c in chunks_of(named, 2)] == [("x", ["a", "c"]), ("x", ["d"]), ("y", ["b"])]
+    with pytest.raises(ValueError, match="batch_size: got 4, but .* none has more than 3"):
+        chunks_of(named, 4)  # it would be called a batch of four, and be none
 
 
 def test_a_digest_sees_every_byte():
@@ -251,7 +253,7 @@ def test_evaluate_counts_what_was_decoded(place, capsys):
 
 
 def test_sampled_and_batched(place):
-    more = ("--temperature", "1", "--batch-size", "4", "--repeats", "1", "--max-new-tokens", "8", "--no-transformers")
+    more = ("--temperature", "1", "--batch-size", "2", "--repeats", "1", "--max-new-tokens", "8", "--no-transformers")
     assert main(words(place, *more, "--num-draft-tokens", "2", output="t.json")) == 0
     result = json.loads((place / "t.json").read_text())
     assert "equality" not in result and result["ways"][-1]["label"].endswith(", 2 drafts")

@@ -62,7 +62,13 @@ def result():
     }
     ways = [way("demo", 1.8), way("lookup", 1.7), way("transformers", 1.0, 0), way("economize mtp", 0.9)]
     batch = {"batch_size": 1, "repeats": 3, "prompts": 8, "ways": [*ways, way("medusa", 0, equal=False)]}
-    made = {"model": "M", "answers": {"rows": 5, "tokens": 50}, "seconds_each": 60.0, "entries": entries}
+    made = {
+        "model": "M",
+        "answers": {"rows": 5, "tokens": 50},
+        "settings": {"threads": 1},
+        "seconds_each": 60.0,
+        "entries": entries,
+    }
     return made | {"batches": [batch, batch | {"batch_size": 4}]}
 
 

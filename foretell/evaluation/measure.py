@@ -142,10 +142,18 @@ class Measured:
 
 
 def chunks_of(named: Sequence[tuple[str, str, list[int]]], batch_size: int) -> list[Chunk]:
-    """(name, category, prompt) each -> chunks of at most batch_size prompts of one category."""
+    """(name, category, prompt) each -> chunks of at most batch_size prompts of one category; ValueError if none has so
+    many.
+    """
     kinds: dict[str, list[tuple[str, list[int]]]] = {}
     for name, category, ids in named:
         kinds.setdefault(category, []).append((name, ids))
+    most = max(map(len, kinds.values()), default=0)
+    if most < batch_size:
+        raise ValueError(
+            f"batch_size: got {batch_size}, but a batch holds prompts of one category and none has more than {most}: "
+            "take more prompts (limit), or a smaller batch."
+        )
     return [
         Chunk(kind, [name for name, _ in some], [ids for _, ids in some])
         for kind, members in kinds.items()

@@ -121,6 +121,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_round_of_64_reads_the_device_three_times(monkeypatch, kind):
     mtp, ids_BT, rounds = knowing(), prompts(64), []
+    monkeypatch.setattr("foretell.ops.sampling.RUNNERS", 2)  # so that others are drawn as well
     run(mtp, ids_BT, **KINDS[kind])
     for new in (8, 28):  # what a call reads beside its rounds drops out
         seed = torch.Generator().manual_seed(1)
@@ -256,7 +257,7 @@ def test_what_follows_a_second_guess_is_verified(kind, monkeypatch):
         now[:] = [sequences, 0]
         return honest(self, sequences, *given)
 
-    def guesses(self: Any, logits_BM: Tensor, width: int) -> tuple[Tensor, Tensor, None]:
+    def guesses(self: Any, logits_BM: Tensor, width: int, *given: Any) -> tuple[Tensor, Tensor, None]:
         sequences, now[1] = now[0], now[1] + 1
         text = [(wanted[s.index] + [5] * 9)[len(s.tokens) - 1 + now[1]] for s in sequences]
         ones = [[token, (token + 1) % VOCAB] for token in text]

@@ -17,7 +17,7 @@ from foretell.decoding.loop import Run
 from foretell.decoding.scores import RowScores
 from foretell.mtp import MTPModel
 from foretell.ops import sampling
-from foretell.ops.sampling import first_of_race, race
+from foretell.ops.sampling import first_of_race, race, take
 from foretell.types import Draft, SequenceState
 from tests import test_sampling
 from tests.test_sampling import LEAST_P, PROMPT, deeper, heads
@@ -70,8 +70,9 @@ def p_value(probs_V: Tensor, drawn_N: Tensor) -> float:
 @pytest.mark.parametrize("runners", [1, 3, V - 2, 64])
 @pytest.mark.parametrize("heat", [0.0, 1.0, 2.5])
 def test_draws_follow_the_probabilities(runners, heat, monkeypatch):
-    """However many tokens run as one: all but the first, a few, none."""
+    """However many tokens run as one, in blocks of whatever size: all but the first, a few, none."""
     monkeypatch.setattr(sampling, "RUNNERS", runners)
+    monkeypatch.setattr(sampling, "BLOCK", 1 + runners)
     probs_V = some_probs(1, heat=heat)[0]
     probs_V[5] = 0.0
     probs_V /= probs_V.sum()
@@ -98,6 +99,22 @@ def test_a_wrong_race_is_caught(wrong, monkeypatch):
     monkeypatch.setattr(sampling, "_uniform", wrong)
     probs_V = some_probs(1, heat=1.0)[0]
     assert p_value(probs_V, race(probs_V.expand(ROWS, -1), numbers(ROWS))) < LEAST_P / 1e6
+
+
+@pytest.mark.parametrize("size", [1, 7, 255, 256, 257, 5000])
+def test_shares_by_blocks_are_shares_of_the_whole(size):
+    """The token whose share of [0, 1) the number falls into, by one running sum of all; never an empty share."""
+    probs_NV, uniform_N = some_probs(300, size=size, heat=3.0), numbers(300)
+    probs_NV[numbers(300 * size, seed=2).view(300, size) < 0.5] = 0.0
+    probs_NV[:, size // 2] += 1e-9
+    uniform_N[:3] = torch.tensor([0.0, 1 - 2**-53, 1.0])
+    below_NV = probs_NV.double().cumsum(-1)
+    token_N = take(probs_NV, uniform_N)
+    wanted_N = torch.searchsorted(below_NV, (uniform_N * below_NV[:, -1])[:, None], right=True)[:, 0]
+    assert torch.equal(token_N[3:], wanted_N[3:])
+    assert bool((probs_NV.gather(1, token_N[:, None]) > 0).all())
+    assert 0 <= int(take(torch.zeros(1, size), uniform_N[:1])) < size
+    assert take(torch.full((1, size), torch.nan), uniform_N[:1]).tolist() == [-1]
 
 
 def test_neighbouring_numbers_and_tokens_are_drawn_independently():

@@ -14,6 +14,7 @@ import random
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def to_probs(scores_NV: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def over_vocabulary(logits_NM: Tensor, ids_M: Tensor | None, vocab_size: int) ->
 
 
 RUNNERS = 64  # likeliest tokens of a row: the others run as one
-NOTHING = 1e-12  # what rounding may leave of a sum that is 0
+BLOCK = 256
 _STEP, _MIX, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64, as signed numbers
 
 
@@ -58,19 +59,14 @@ def race(probs_NV: Tensor, number_N: Tensor) -> Tensor:
 
     Which of the others it is, should they be first together, another number of the row decides.
     """
-    V = probs_NV.shape[1]
-    probs_NR, token_NR = probs_NV.topk(min(RUNNERS, V))
+    probs_NR, token_NR = probs_NV.topk(min(RUNNERS, probs_NV.shape[1]))
     first_N, at_N = _arrivals(probs_NR, number_N[:, None], token_NR).min(-1)
-    token_N = token_NR.gather(1, at_N[:, None])[:, 0]
-    rest_N = probs_NV.sum(-1, dtype=torch.float64) - probs_NR.sum(-1, dtype=torch.float64)
-    beyond_N = torch.full_like(token_N, V)
-    late_N = _arrivals(torch.where(rest_N > NOTHING, rest_N, 0.0), number_N, beyond_N)
-    (few_F,) = (~(first_N < late_N)).nonzero(as_tuple=True)
-    if len(few_F):
-        others_FV = probs_NV[few_F].scatter(1, token_NR[few_F], 0.0)
-        token_N[few_F] = take(others_FV, _uniform(number_N, beyond_N + 1)[few_F])
-        token_N[few_F] = token_N[few_F].masked_fill(first_N[few_F].isnan(), -1)
-    return token_N
+    beyond_N = torch.full_like(at_N, probs_NV.shape[1])
+    others_NV = probs_NV.scatter(1, token_NR, 0.0)
+    other_N, rest_N = _take(others_NV, _uniform(number_N, beyond_N + 1))
+    late_N = first_N <= _arrivals(rest_N, number_N, beyond_N)  # of no others: they never arrive
+    token_N = torch.where(late_N, token_NR.gather(1, at_N[:, None])[:, 0], other_N)
+    return token_N.masked_fill(first_N.isnan(), -1)
 
 
 def first_of_race(probs_NM: Tensor, ids_M: Tensor | None, number_N: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
@@ -93,10 +89,31 @@ def take(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """Long [N]: the token of each row in whose share of [0, 1) the row's number falls. Rows need not sum to 1; a token
     of probability 0 has no share. -1 where the row's numbers are none.
     """
-    below_NV = probs_NV.double().cumsum(-1)
-    all_N = below_NV[:, -1]
-    places_N1 = torch.searchsorted(below_NV, (uniform_N.double() * all_N)[:, None], right=True)
-    return places_N1[:, 0].clamp(max=probs_NV.shape[-1] - 1).masked_fill(all_N.isnan(), -1)
+    token_N, sum_N = _take(probs_NV, uniform_N)
+    return token_N.masked_fill(sum_N.isnan(), -1)
+
+
+def _take(probs_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The token and what the row sums to (fp64): first its block of tokens, then the one in it. Running sums of all V
+    in fp64 take a CPU ten times as long; and nothing waits for the device.
+    """
+    blocks_NBW = pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    below_NB = blocks_NBW.sum(-1).double().cumsum(-1)
+    place_N, block_N = _share(below_NB, uniform_N.double() * below_NB[:, -1])
+    within_NW = blocks_NBW.gather(1, block_N[:, None, None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)
+    token_N = BLOCK * block_N + _share(within_NW, place_N)[1]
+    return token_N.clamp(max=probs_NV.shape[1] - 1), below_NB[:, -1]
+
+
+def _share(below_NX: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of X shares that end at below_NX the place falls into, and how far: never into an empty one, whatever was
+    rounded.
+    """
+    last_N = below_NX[:, -1]
+    place_N = torch.minimum(place_N, torch.nextafter(last_N, torch.zeros_like(last_N)))
+    x_N1 = torch.searchsorted(below_NX, place_N[:, None], right=True).clamp(max=below_NX.shape[1] - 1)
+    start_NX = pad(below_NX, (1, 0))
+    return place_N - start_NX.gather(1, x_N1)[:, 0], x_N1[:, 0]
 
 
 class Dice:

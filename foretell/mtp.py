@@ -227,6 +227,13 @@ class MTPModel(Learning):
         self._workspaces.release()
         self.target.release()
 
+    def rest(self) -> None:
+        """Give back the memory of packed weights until the next call, which packs them anew: while a model trains, say.
+        All else stays.
+        """
+        self._workspaces.rest()
+        self.target.rest()
+
     @property
     def history(self) -> History:
         """The answers that calls with history=... remember."""

@@ -528,9 +528,11 @@ class Peak(TrainerCallback):
 
 def test_memory_stays_flat(module, tmp_path):
     watch = Peak()
-    trainer(tmp_path, mtp_module=module, mtp_training_mode="standalone", mtp_drafter="mtp+history", max_steps=5,
-            generation_kwargs={"min_new_tokens": 8}, num_speculative_tokens=2, callbacks=[watch]).train()  # fmt: skip
+    made = trainer(tmp_path, mtp_module=module, mtp_training_mode="standalone", mtp_drafter="mtp+history", max_steps=5,
+                   generation_kwargs={"min_new_tokens": 8}, num_speculative_tokens=2, callbacks=[watch])  # fmt: skip
+    made.train()
     assert len(watch.kept) == 3 and max(watch.kept[1:]) <= 1.02 * watch.kept[0], watch.kept
+    assert made.decoder.target._copy.rests, "no copies of weights while it learns"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

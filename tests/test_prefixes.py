@@ -191,6 +191,27 @@ def test_who_reads_first_reads_for_all(monkeypatch):
     assert run.stats.target_rows <= fresh - 5 * 50 + 6 * 3 + loop.PADDING
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_to_one_prompt_read_it_once(kind):
+    """num_return_sequences: the texts are those of prompts that are read one by one, drawn or not, whoever drafts."""
+    mtp, prompt = made(kind), torch.tensor([[5, *range(30, 67)]])
+    both = torch.cat([prompt.expand(4, -1), torch.tensor([[7], [8], [7], [8]])], dim=1)
+    for how in ({"num_draft_tokens": 0}, {"num_draft_tokens": 2}, {"drafter": "lookup"}, {"drafter": "mtp+lookup"}):
+        for draws in (False, True):
+            told, rows = [], []
+            for share in (True, False):
+                with pytest.MonkeyPatch.context() as patch:
+                    if not share:
+                        patch.setattr(loop.Rules, "share", property(lambda _: False, lambda *_: None), raising=False)
+                    out = mtp.generate(both, max_new_tokens=9, do_sample=draws, pad_token_id=0,
+                                       generator=torch.Generator().manual_seed(2), return_dict_in_generate=True,
+                                       num_return_sequences=2 if draws else 1, **how)  # fmt: skip
+                told.append(out.sequences.tolist())
+                rows.append(out.stats.target_rows)
+            assert told[0] == told[1]
+            assert rows[0] == rows[1] if kind == "windows" else rows[0] <= rows[1] - 2 * 30 * (3 if draws else 1)
+
+
 def rules_of(**more: Any) -> loop.Rules:
     return loop.Rules(RowScores(None, False), lambda s: len(s.tokens) >= s.most_tokens, max_tokens=200, slots=6, **more)
 

@@ -25,7 +25,9 @@ from foretell.decoding.scores import RowScores
 from foretell.methods.heads import HeadsConfig
 from foretell.methods.masked import MaskedConfig
 from foretell.methods.sequential import SequentialConfig
+from foretell.models import kernels
 from foretell.models.graphs import StaticSteps
+from foretell.models.kernels import ROWS, Measured
 from foretell.models.slot_cache import SlotStorage
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.types import Draft, Drafter, SequenceState
@@ -186,6 +188,45 @@ def test_acceptance_is_learned_across_calls_and_given_back():
             assert now == pytest.approx(min(tried, first[0].DOUBTED)) and accepted / now == pytest.approx(old / tried)
         mtp.release()
     assert not mtp._workspaces._free, "what was leased when all was given back does not come back"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_rests_keeps_no_copies_of_weights_and_wakes_to_new_ones(method, monkeypatch):
+    """Weights as they were, other values in place, other tensors; a call that still reads keeps its own."""
+    monkeypatch.setattr(kernels, "choose", lambda seconds, *_: [next(n for n in seconds if n != "plain")] * len(ROWS))
+    monkeypatch.setattr(kernels, "_known", {})
+    mtp, inputs = METHODS[method](), prompts(9, 4)
+    mtp.release()
+
+    def check() -> None:
+        for how in ({"num_draft_tokens": 0}, {"num_draft_tokens": 3}, {"num_draft_tokens": "auto"}):
+            assert say(mtp, inputs, **how) == say(mtp.model, inputs)
+            assert mtp.target._copy.is_fast
+            mtp.rest()
+            kept = [p.kept for p in mtp.target._copy.tree.modules() if isinstance(p, Measured)]
+            assert any(kept) and sum(copy.nbytes for one in kept for copy in one.values()) == 0
+            assert not mtp._workspaces._packed and not any(space._drafters for space in mtp._workspaces._free)
+
+    check()
+    logits = mtp.draft_logits(inputs["input_ids"][:1])  # a view without a call
+    mtp.rest()
+    assert torch.equal(mtp.draft_logits(inputs["input_ids"][:1]), logits)
+    tree = mtp.target._copy.tree
+    mtp.rest()
+    with torch.no_grad():
+        for weight in mtp.model.parameters():
+            weight.mul_(1.1)
+    check()
+    assert mtp.target._copy.tree is tree, "what was found out about it is not asked again"
+    mtp.model.lm_head.weight = nn.Parameter(mtp.model.lm_head.weight.detach().flip(0))
+    check()
+
+    def look(*_: Any) -> Tensor:
+        mtp.rest()
+        return torch.zeros(1, dtype=torch.bool)
+
+    look.of_one_text = True  # type: ignore[attr-defined]
+    assert say(mtp, inputs, num_draft_tokens=2, stopping_criteria=[look]) == say(mtp.model, inputs)
 
 
 # -- modes and random numbers ------------------------------------------------------------------------------------------

@@ -236,6 +236,7 @@ class MTPGenerate:
                 emit=None if streamer is None else lambda _s, new: [streamer.put(torch.tensor([t])) for t in new],
                 leave=leave,
                 stop_admitting=self.stop_admitting,
+                share=len({tuple(s.tokens) for s in sequences}) < B,  # answers to one prompt: it is read once
             )
         if streamer is not None:
             streamer.end()

@@ -457,7 +457,8 @@ class Run:
             gone, last = group[at], group[-1]
             self._tell(gone)
             slot, behind = gone.slot, 1 + max(s.slot for s in self.active + self.reading)
-            kept = group is self.active and self.prefixes.keep(gone, None if behind == slot + 1 else behind)
+            wanted = group is self.active and (self.waiting or self.rules.beside)
+            kept = wanted and self.prefixes.keep(gone, None if behind == slot + 1 else behind)
             group[at] = last
             group.pop()
             if last is not gone:

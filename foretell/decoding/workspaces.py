@@ -42,6 +42,12 @@ class Workspace:
         drafter.sample = sample
         return drafter
 
+    def rest(self) -> None:
+        """Keep no drafter's weights. What was learned of them is a start for the next ones."""
+        self._drafters.clear()
+        for adaptive in self.adaptive.values():
+            adaptive.doubt()
+
     def decoder(
         self, target: Target, drafter: Drafter | None, policy: str = "lossless", watchers: Sequence[Watcher] = ()
     ) -> Decoder:
@@ -88,6 +94,13 @@ class Workspaces:
                 self._packed.pop(dtype, None)
                 self._packed[dtype] = (version, make())
             return self._packed[dtype][1]
+
+    def rest(self) -> None:
+        """Keep no packed weights but those in use."""
+        with self.lock:
+            self._packed = {}
+            for space in self._free:
+                space.rest()
 
     def release(self) -> None:
         """Keep nothing; what is leased now is not kept when it comes back."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from foretell.models.attention import NAME, RowMasks, foretell_attention
 from foretell.models.gated_lora import GatedAdapters, GatedLinear, RowAdapter
-from foretell.models.kernels import settle
+from foretell.models.kernels import Measured, settle
 from foretell.models.linears import PACKABLE, NormedLinear, PackedLinear, fused_norm
 from foretell.models.live import OfThread, Swap, digest, shallow, signature, surroundings, untouched
 from foretell.models.slot_cache import CACHE_NAMES
@@ -259,7 +259,24 @@ class Copy:
     def digest_of(self, part: nn.Module) -> int:
         """A number for the values of a part, as of the last look where they are copied."""
         copied = [live for live, _, _ in self._made.values()]
-        return self.key[2][copied.index(part)] if part in copied and self.key else digest(part.parameters())
+        known = self.key[2][copied.index(part)] if part in copied and self.key else None
+        return digest(part.parameters()) if known is None else known
+
+    @property
+    def rests(self) -> bool:
+        """Whether the tree reads nothing before it is refreshed."""
+        return self.key is None or None in self.key[2]
+
+    def rest(self) -> None:
+        """Keep no copies of weights until the next refresh. The tree stays, and what was found out about it."""
+        if self.key is None:
+            return
+        for path, (live, (*place, _), made) in self._made.items():
+            self._made[path] = live, (*place, None), made
+            for part in made.modules():
+                if isinstance(part, Measured):
+                    part.kept = {kernel: part.like.new_empty(0) for kernel in part.kept}
+        self.key = (*self.key[:2], (None,) * len(self._made), self.key[3])
 
     def look(self) -> Any:
         """Everything that decides what the module says now: (structure, where weights lie, values of those copied)."""

@@ -190,7 +190,7 @@ class RowReader:
         if self._now.view is not None:
             return self._now.view
         with self._lock:
-            return self._noticed() if self._copy is None or self._copy.tree is None else self._copy.tree
+            return self._noticed() if self._copy is None or self._copy.rests else self._copy.tree
 
     def verdict(self) -> dict[str, Any]:
         """What comparing the copy with the model itself gave, as plain data."""
@@ -278,6 +278,13 @@ class RowReader:
         with self._lock:  # never under somebody who looks
             self._copy = self.static = None
         gc.collect()  # modules know each other in circles
+        give_back()
+
+    def rest(self) -> None:
+        """Give back the memory of packed weights until the next call."""
+        with self._lock:
+            if self._copy is not None and not self._readers:
+                self._copy.rest()
         give_back()
 
     def _dress(self, tree: Any) -> None:

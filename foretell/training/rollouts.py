@@ -194,6 +194,8 @@ class RolloutTraining(TRLTraining):
         out = super()._generate(prompts)
         if self.args.mtp_asked:
             self._note_rollouts("train" if self.model.training else "eval")
+        if self.decoder is not None:
+            self.decoder.rest()  # the policy's update makes all of it stale, and needs the memory
         return out
 
     def _note_rollouts(self, mode: str) -> None:

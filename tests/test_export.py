@@ -33,7 +33,8 @@ def shaken(mtp: MTPModel, seed: int = 0) -> MTPModel:
             noise = torch.randn(weight.shape, generator=drawn)
             weight.copy_(1 + 0.5 * noise if "norm" in name else 0.4 * noise)
         if mtp.module.draft_vocab_ids is not None:
-            mtp.module.set_draft_vocabulary(torch.randperm(VOCAB, generator=drawn)[:DRAFTED].sort()[0])
+            drafted_M = torch.randperm(VOCAB, generator=drawn)[: mtp.mtp_config.draft_vocab_size]
+            mtp.module.set_draft_vocabulary(drafted_M.sort()[0])
     return mtp
 
 
@@ -66,11 +67,13 @@ CASES = {
     ),
     "eagle3 published": ("eagle3", lambda: published()),
     "eagle3 published mistral": ("eagle3", lambda: published("mistral", sliding_window=None, head_dim=16)),
+    "eagle3 all": ("eagle3", lambda: sequential("llama", {}, **EAGLE3, draft_vocab_size=VOCAB)),
     "eagle3 before the norm": ("eagle3", lambda: sequential("qwen2", {}, **EAGLE3, hidden_source="pre_norm")),
     "eagle3 qwen3": ("eagle3", lambda: sequential("qwen3", {}, **EAGLE3, draft_vocab_size=DRAFTED)),
     "medusa": ("medusa", lambda: heads(share_unembedding=False, num_layers=2)),
     "medusa shared": ("medusa", lambda: heads(share_unembedding=True)),
     "medusa reduced": ("medusa", lambda: heads(share_unembedding=True, draft_vocab_size=DRAFTED)),
+    "medusa all": ("medusa", lambda: heads(share_unembedding=False, num_layers=2, draft_vocab_size=VOCAB)),
     "peft": ("peft", lambda: uno()),
     "hub": ("hub", lambda: heads(draft_vocab_size=DRAFTED)),
 }
@@ -117,6 +120,7 @@ MIDLAYER = {f"midlayer.{name}" for name in LAYER | {"input_layernorm.weight", "h
 NAMES = {
     "mimo llama": {f"model.mtp_layers.0.{name}" for name in MIMO},
     "eagle3 last": MIDLAYER | {"fc.weight", "fc_norm.0.weight", "norm.weight", "lm_head.weight"},
+    "eagle3 all": MIDLAYER | {"fc.weight", "fc_norm.0.weight", "norm.weight", "lm_head.weight"},
     "eagle3 layers": MIDLAYER
     | {"fc.weight", "fc_norm.0.weight", "fc_norm.1.weight", "norm.weight", "lm_head.weight", "d2t"},
     "eagle3 published": MIDLAYER | {"fc.weight", "norm.weight", "lm_head.weight", "d2t"},
@@ -584,6 +588,21 @@ def test_files_keep_the_numbers_of_a_module_finer_than_its_target(tmp_path):
     export_module(loaded, "mimo", tmp_path / "out")
     got = load_file(tmp_path / "out" / "model.safetensors")["model.mtp_layers.0.mlp.up_proj.weight"]
     assert torch.equal(got, mtp.module.blocks[0].block.mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("case", ["eagle3 published", "medusa shared"])
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp32"])
+def test_a_module_coarser_than_its_target(tmp_path, case, dtype):
+    """The target's own tensors are rounded to what was asked for, once; without a wish to the module's type."""
+    to, make = CASES[case]
+    mtp = make()
+    mtp.module.half()
+    export_module(mtp, to, tmp_path / "out", dtype=dtype, check=True)
+    tensors = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    wanted = {None: torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {wanted}
+    own_MD = mtp.module.target_head(mtp.target, detach=True)[0]
+    assert torch.equal(tensors["lm_head.weight" if to == "eagle3" else "0.1.weight"], own_MD.to(wanted))
 
 
 def test_an_adapter_is_the_one_that_save_pretrained_writes(tmp_path):

@@ -13,6 +13,7 @@ from tiny import VOCAB, tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from foretell import get_mtp_model
 from foretell.models.own_logits import LogitFormula, logit_formula, own_logits
 from foretell.models.target import Target, UnsupportedModelError
 
@@ -42,6 +43,18 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], LogitFormula]] = {
 def test_the_formula_is_found_exactly(case, dtype):
     name, changes, wanted = FORMULAS[case]
     assert logit_formula(tiny_model(name, **changes).to(dtype)) == wanted
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+@pytest.mark.parametrize("case", ["nothing", "Gemma 2 caps", "Granite divides"])
+def test_the_formula_of_a_tiny_vocabulary(case, size):
+    name, changes, wanted = FORMULAS[case]
+    model = tiny_model(name, vocab_size=size, **changes)
+    assert logit_formula(model) == wanted
+    ids = torch.tensor([[0, 1, 1, 0, 1]])  # all tokens are known by name, and it is read and drafted for nevertheless
+    mtp, mask = get_mtp_model(model, {"method": "sequential", "depth": 2}), torch.ones_like(ids)
+    texts = [one.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False) for one in (mtp, model)]
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("case", FORMULAS)

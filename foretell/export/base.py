@@ -48,6 +48,12 @@ class Job:
         cast = {n: t.to(self.dtype) if self.dtype and t.is_floating_point() else t for n, t in tensors.items()}
         return {name: t.detach().cpu().contiguous().clone() for name, t in cast.items()}
 
+    @property
+    def kept_ids(self) -> Tensor | None:
+        """The tokens that the module drafts, where it leaves any out."""
+        ids = self.module.draft_vocab_ids
+        return None if ids is None or len(ids) == self.target.vocab_size else ids
+
     @cached_property
     def rounded(self) -> Any:
         """A copy of the module that computes in fp32 with the numbers of the files."""
@@ -121,8 +127,9 @@ def served(job: Job, method: str, more: Sequence[str] = (), sglang: bool = False
 
 def whole_vocabulary(job: Job) -> list[str]:
     """What is lost where engines draft with the target's whole head."""
-    size = job.config.draft_vocab_size
-    return [] if size is None else [f"lost: the draft vocabulary of {size:,} tokens; the engine uses the whole head."]
+    if job.kept_ids is None:
+        return []
+    return [f"lost: the draft vocabulary of {len(job.kept_ids):,} tokens; the engine uses the whole head."]
 
 
 def renamed(block: nn.Module, parts: dict[str, str]) -> dict[str, Tensor]:

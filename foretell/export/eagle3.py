@@ -119,7 +119,7 @@ class Eagle3(Draft):
         else:
             out["fc.weight"] = torch.eye(target.hidden_size)
         out |= self.borrowed(job)
-        dtype, ids = out["norm.weight"].dtype, module.draft_vocab_ids
+        dtype, ids = job.dtype or out["norm.weight"].dtype, job.kept_ids
         out = {name: tensor.to(dtype) for name, tensor in out.items()}
         out |= {} if ids is None else {"d2t": ids - torch.arange(len(ids), device=ids.device)}
         return job.stored(out)
@@ -139,7 +139,7 @@ class Eagle3(Draft):
         layer |= base.layer_settings(job) | {"attention_bias": attention.q_proj.bias is not None}
         layer["head_dim"] = attention.q_proj.out_features // target.config.num_attention_heads
         layer["num_aux_hidden_states"] = len(ids)
-        size = target.vocab_size if module.draft_vocab_ids is None else len(module.draft_vocab_ids)
+        size = target.vocab_size if job.kept_ids is None else len(job.kept_ids)
         said: dict[str, Any] = dict.fromkeys(("norm_before_residual", "norm_before_fc", "norm_output"), False)
         said |= {"draft_vocab_size": size, "target_hidden_size": target.hidden_size}
         said["eagle_aux_hidden_state_layer_ids"] = ids

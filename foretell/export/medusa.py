@@ -60,7 +60,7 @@ class Medusa(Draft):
     def misfits(self, job: Job) -> list[str]:
         """See Draft."""
         found = base.unlike(job, "heads", head_type="medusa", hidden_source="post_norm")
-        if isinstance(job.module, HeadsModule) and job.module.draft_vocab_ids is not None and not job.module.shared:
+        if isinstance(job.module, HeadsModule) and job.kept_ids is not None and not job.module.shared:
             found.append("draft_vocab_size: output matrices of the heads' own have one row for each of all tokens.")
         return found
 
@@ -71,8 +71,9 @@ class Medusa(Draft):
             for i, residual in enumerate(head.body.parts):
                 out |= {f"{h}.{i}.linear.{name}": tensor for name, tensor in residual.part[0].named_parameters()}
             out |= {} if module.shared else {f"{h}.{L}.weight": head.output.weight}
-        ids = module.draft_vocab_ids
-        return job.stored(out | self.borrowed(job) | ({} if ids is None else {"token_map": ids}))
+        dtype, ids = job.dtype or out["0.0.linear.weight"].dtype, job.kept_ids
+        out |= {name: tensor.to(dtype) for name, tensor in self.borrowed(job).items()}
+        return job.stored(out | ({} if ids is None else {"token_map": ids}))
 
     def borrowed(self, job: Job) -> dict[str, Tensor]:
         """See Draft."""
@@ -88,10 +89,8 @@ class Medusa(Draft):
         }
         said |= {"hidden_size": job.target.hidden_size, "vocab_size": job.target.vocab_size, "medusa_fc_bias": True}
         said |= {"medusa_num_heads": job.config.depth, "medusa_num_layers": job.config.num_layers}
-        ids = job.module.draft_vocab_ids
-        return (
-            said | {"original_lm_head": job.module.shared} | ({} if ids is None else {"truncated_vocab_size": len(ids)})
-        )
+        said |= {"original_lm_head": job.module.shared}
+        return said if job.kept_ids is None else said | {"truncated_vocab_size": len(job.kept_ids)}
 
     def lines(self, job: Job) -> list[str]:
         """See Draft."""

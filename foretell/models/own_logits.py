@@ -5,7 +5,7 @@ The model's own forward runs with its decoder exchanged for one that returns giv
 between the two, so that nobody else's call sees it.
 """
 
-# B sequences, T positions, D hidden width, V vocabulary.
+# B sequences, T positions, D hidden width, V vocabulary, N numbers.
 
 from __future__ import annotations
 
@@ -98,32 +98,33 @@ def logit_formula(model: Any) -> LogitFormula | None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     weight, numbers = head.weight, _numbers(model.config.to_dict())
     V, D = weight.shape[0], config.hidden_size
+    T = -(-8 // V)  # a small vocabulary takes several positions
     sizes_N = torch.logspace(*SIZES, max(4, min(V // 2, 64)), device=weight.device, dtype=torch.float32)
-    given_V = torch.cat([sizes_N, -sizes_N]).repeat(-(-V // (2 * len(sizes_N))))[:V].clone()
+    given_N = torch.cat([sizes_N, -sizes_N]).repeat(-(-T * V // (2 * len(sizes_N))))[: T * V].clone()
     taken: list[Tensor] = []
 
     def say(state_BTD: Tensor) -> Tensor:
         taken.append(state_BTD)
-        return given_V[None, None]
+        return given_N.view(1, T, V)
 
     state_D = torch.ones(D, dtype=weight.dtype, device=weight.device)
     state_D[::2] = -0.5
-    made = own_logits(model, state_D[None, None], _stand_in(head, say))
-    if len(taken) != 1 or taken[0].shape != (1, 1, D) or made.shape != (1, 1, V):
+    made = own_logits(model, state_D.expand(1, T, D), _stand_in(head, say))
+    if len(taken) != 1 or taken[0].shape != (1, T, D) or made.shape != (1, T, V):
         return None
-    taken_D, made_V = taken[0][0, 0], made[0, 0].float()
+    taken_D, made_N = taken[0][0, 0], made.flatten().float()
     before = _snapped(float(taken_D[1] / state_D[1]), numbers, taken_D.dtype)
     loose = 4 * torch.finfo(taken_D.dtype).eps
     if not torch.allclose(taken_D, before * state_D, rtol=loose, atol=loose):
         return None
     if before != 1.0 and getattr(head, "bias", None) is not None:
         return None  # only the product is scaled, and the losses scale the bias with it
-    after = _snapped(float(made_V[0] / given_V[0]), numbers, made.dtype)
+    after = _snapped(float(made_N[0] / given_N[0]), numbers, made.dtype)
     largest = len(sizes_N) - 1
-    capped = float(made_V[largest]) == float(made_V[largest - 1])
-    softcap = _snapped(float(made_V[largest]), numbers, made.dtype) if capped else None
+    capped = float(made_N[largest]) == float(made_N[largest - 1])
+    softcap = _snapped(float(made_N[largest]), numbers, made.dtype) if capped else None
     loose = max(1e-5, 4 * torch.finfo(made.dtype).eps)
-    if after <= 0 or not torch.allclose(LogitFormula(after, softcap)(given_V), made_V, rtol=loose, atol=0.0):
+    if after <= 0 or not torch.allclose(LogitFormula(after, softcap)(given_N), made_N, rtol=loose, atol=0.0):
         return None
     return LogitFormula(after * before, softcap)
 

@@ -99,6 +99,7 @@ def few_texts(target: Any, probe: int) -> Tensor:
     most = min(target.vocab_size, target.embed_tokens.weight.shape[0])
     spread = torch.linspace(0, most - 1, 4 * T + probe).long().unique().tolist()
     ids = [token for token in spread if token not in named]
+    ids = ids if len(ids) > 1 else spread  # of a tiny vocabulary
     first, second = ids[1::2], ids[0::2]
     first, second = (row * -(-T // max(len(row), 1)) for row in (first, second))
     rows = [first[:T], [*first[:BRANCH], *second[: T - BRANCH]]]

@@ -642,6 +642,23 @@ def test_sigterm_drains_and_a_second_server_is_told(folder):
             process.kill()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_loading_leaves_no_threads_of_matrix_products(folder):
+    """Those would keep the engine's own from waiting awake: each product takes longer."""
+    command, servers = [sys.executable, "-m", "foretell", "serve", str(folder), "--port", "0"], []
+    try:
+        for cores in ("1", "5"):
+            environment = {**os.environ, "OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": "1"}
+            servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        for process in servers:
+            assert process.stdout.readline().startswith("tiny-model (lookup) at ")
+        wait_for(lambda: len({len(os.listdir(f"/proc/{process.pid}/task")) for process in servers}) == 1)
+    finally:
+        for process in servers:
+            process.kill()
+            process.communicate()
+
+
 def test_flags_are_checked_before_the_model_is_loaded(folder, tmp_path):
     for flags, said in (
         (["--port", "70000"], "wanted 0 to 65535"),

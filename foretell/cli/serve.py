@@ -6,16 +6,19 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from foretell.cli.loading import ModelSettings, load_target
 from foretell.config import parse
 
 KEY = "FORETELL_API_KEY"
 UNREAD_SECONDS = 60
+Made = TypeVar("Made")
 
 
 @dataclass(kw_only=True)
@@ -66,21 +69,25 @@ def main(argv: Sequence[str]) -> int:
         from foretell.mtp import load_with_module
         from foretell.serving.engine import Engine
 
-        model, tokenizer = load_target(settings.model, settings.dtype)
-        mtp, trained = load_with_module(model, settings.module)
-        drafter = settings.drafter or ("mtp+lookup" if trained else "lookup")
-        if not trained and "mtp" in drafter:
-            raise ValueError(f"drafter: got {drafter!r}, which needs a trained module: --module FOLDER.")
+        def made() -> tuple[Engine, Any, str]:
+            model, tokenizer = load_target(settings.model, settings.dtype)
+            mtp, trained = load_with_module(model, settings.module)
+            drafter = settings.drafter or ("mtp+lookup" if trained else "lookup")
+            if not trained and "mtp" in drafter:
+                raise ValueError(f"drafter: got {drafter!r}, which needs a trained module: --module FOLDER.")
+            engine = Engine(
+                mtp,
+                drafter=drafter,
+                slots=settings.slots,
+                max_queued=settings.max_queued,
+                prefix_caching=settings.enable_prefix_caching,
+            )
+            return engine, tokenizer, drafter
+
+        engine, tokenizer, drafter = in_thread_that_ends(made)
         place = Path(settings.model)
         root = place.resolve().stem if place.is_file() else place.resolve().name if place.exists() else settings.model
         name = settings.served_model_name or root
-        engine = Engine(
-            mtp,
-            drafter=drafter,
-            slots=settings.slots,
-            max_queued=settings.max_queued,
-            prefix_caching=settings.enable_prefix_caching,
-        )
         host, port = at.getsockname()[:2]
         if key is None and host not in ("127.0.0.1", "::1"):
             print(f"note: anybody who reaches {host} may ask; --api-key KEY or {KEY} asks for a key", file=sys.stderr)
@@ -91,6 +98,22 @@ def main(argv: Sequence[str]) -> int:
         run(Server(engine, tokenizer, name, root, key), at)
     print("stopped: what was taken is answered", flush=True)
     return 0
+
+
+def in_thread_that_ends(make: Callable[[], Made]) -> Made:
+    """What it makes. Threads that matrix products start stay with the thread that asked for one as long as it lives; of
+    more than there are cores, OpenMP lets none wait awake, and each product of the engine's own would take longer.
+    """
+    told: Future[Made] = Future()
+
+    def work() -> None:
+        try:
+            told.set_result(make())
+        except BaseException as error:
+            told.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return told.result()
 
 
 def listen(host: str, port: int) -> socket.socket:

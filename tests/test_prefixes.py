@@ -179,8 +179,9 @@ def test_who_reads_first_reads_for_all(monkeypatch):
     """Prompts that wait together are read once where they are alike, and padded little where they are not."""
     mtp, system = made("qwen3"), list(range(3, 53))
     prompts = [[*system, 60 + i, *range(20, 21 + i)] for i in range(6)]
-    run = loop.Decoder(mtp.target).start([], rules := rules_of(share=True))
-    rules.beside = lambda: bool(run.active)
+    rules = rules_of(share=True)
+    rules.beside = lambda: bool(run.active)  # known before the run begins, which else has slots for nobody else
+    run = loop.Decoder(mtp.target).start([], rules)
     with mtp.target.reading():
         run.begin()
         for i, prompt in enumerate(prompts):

@@ -332,6 +332,32 @@ def test_a_long_prompt_does_not_hold_up_who_runs(monkeypatch):
         assert len(emitted[2]) >= 5 and len(emitted[1]) == 1  # the short one has not waited for the long one
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("head_type", ["cnn", "mha_ffn", "layer", None])
+def test_a_prompt_of_one_token_joins_who_drafts(head_type, rows):
+    """In a slot that its drafter has never seen: it has nothing to read there."""
+    settings: Any = SequentialConfig(depth=2) if head_type is None else HeadsConfig(depth=2, head_type=head_type)
+    mtp, prompts = get_mtp_model(leaning_model(), settings), [[5, 9, 40], [7, 8, 9], [4], [3]]
+    rules = loop.Rules(RowScores(None, False), lambda s: False, max_tokens=60, num_draft_tokens=2, slots=6)
+    rules.beside = lambda: bool(run.active)
+    run = loop.Decoder(mtp.target, mtp.drafter()).start([], rules)
+    texts = [SequenceState(list(p), len(p), i, most_tokens=60) for i, p in enumerate(prompts)]
+    with mtp.target.reading():
+        run.begin()
+        for text in texts[:2]:
+            run.admit(text)
+        for _ in range(4):
+            run.step()
+        for text in texts[2 : 2 + rows]:
+            run.admit(text)
+        for _ in range(4):
+            run.step()
+    for text in texts[: 2 + rows]:
+        ids = torch.tensor([text.tokens[: text.prompt_length]])
+        whole = mtp.model.generate(ids, max_new_tokens=len(text.new_tokens), do_sample=False, pad_token_id=0)
+        assert text.tokens == whole[0].tolist()
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_who_is_read_keeps_its_slot_while_others_grow(holds, monkeypatch):
     """And the check can fail: storage that is not told who is read gives that slot up."""

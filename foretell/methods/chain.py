@@ -34,12 +34,13 @@ FEW_ROWS = 8  # padding up to so many rows a sequence is cheaper than one more f
 def reading_plan(counts: list[int], starts: list[int], capacity: int) -> list[tuple[slice, list[int], list[int]]]:
     """(neighbours that share a forward, their first rows, how many) for sequences that have counts[b] rows to read from
     starts[b] on. The last forward that a sequence is in reads its newest row; those with nothing to read are in none,
-    or between others.
+    or before others: behind them there may be no room yet for who has just come.
 
     One that has just joined brings its whole prompt: all but its last rows are read by itself, piece by piece, and its
     rows must neither pad the few of the others nor reach beyond the cache.
     """
-    plan, starts, counts = [], list(starts), list(counts)
+    end = max((b + 1 for b, count in enumerate(counts) if count), default=0)
+    plan, starts, counts = [], list(starts[:end]), list(counts[:end])
     for b, count in enumerate(counts):
         for _ in range(max(count - 1, 0) // READ_ROWS):
             plan.append((slice(b, b + 1), [starts[b]], [READ_ROWS]))
@@ -51,7 +52,7 @@ def reading_plan(counts: list[int], starts: list[int], capacity: int) -> list[tu
         if b > first and (wasteful or start + R > capacity):
             plan.append((slice(first, b), starts[first:b], counts[first:b]))
             first, R, rows, start = b, count, count, starts[b]
-    plan.append((slice(first, None), starts[first:], counts[first:]))
+    plan.append((slice(first, end), starts[first:], counts[first:]))
     return [part for part in plan if any(part[2])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -27,7 +28,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from foretell.cli.regenerate import main as regenerate
 from foretell.cli.serve import main as serve
 from foretell.serving import app
+from foretell.serving.answers import Reply
 from foretell.serving.detokenizer import Detokenizer, token_bytes
+from foretell.serving.schema import CompletionRequest
 
 PROMPTS = ["w25 w29 w30", "w7", "w40 w41 w42 w43 w44 w45 w46", "w9 w9 w9 w9", "w60 w3"]
 
@@ -109,6 +112,27 @@ def test_a_stream_is_the_whole_answer_in_parts(served):
             assert [token for one in mine for token in one.get("token_ids", [])] == choice["token_ids"]
             assert [one["finish_reason"] for one in mine][-1] == choice["finish_reason"]
         assert whole["choices"][0]["token_ids"] != whole["choices"][1]["token_ids"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_whole_answer_wakes_the_loop_once(served, monkeypatch, stream):
+    async def wakes() -> int:
+        loop, woken = asyncio.get_running_loop(), []
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *given: (woken.append(given), wake(*given)))
+        body = CompletionRequest(
+            prompt="w7", max_tokens=20, temperature=0, ignore_eos=True, num_draft_tokens=0, stream=stream
+        )
+        ids = served.tokenizer("w7")["input_ids"]
+        reply = Reply(body, [ids], served.engine, served.tokenizer, "tiny", served.server.metrics)
+        reply.start()
+        if stream:
+            assert [part async for part in reply.stream()][-1] == b"data: [DONE]\n\n"
+        else:
+            assert (await reply.whole())["usage"]["completion_tokens"] == 20
+        return len(woken)
+
+    assert asyncio.run(wakes()) == (20 if stream else 1)
 
 
 def test_seeds_choices_and_lists_of_prompts(served):

@@ -152,6 +152,8 @@ class Reply:
                 if choice.running is not None:
                     choice.running.cancel()
             times.saw(piece)
+            if not self.body.stream and piece.finish_reason is None:
+                return  # nobody reads it yet, and to wake the loop takes the interpreter from the decoding thread
             self._loop.call_soon_threadsafe(self._told.put_nowait, (choice, shown, piece))
 
         return tell

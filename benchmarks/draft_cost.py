@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kernels import Worker, serve
+from forwards import Worker, serve
 
 STEPS = 2  # drafts a round where a step is measured
 WIDE = 16  # sequences beside each other where K = 3 is held against drafting off

@@ -152,7 +152,7 @@ def fresh(chats: list[str]) -> Iterator[str]:
 
 LLAMA = """
 import os, sys, tempfile, threading, xllamacpp
-from kernels import f32_file
+from forwards import f32_file
 folder = tempfile.TemporaryDirectory()
 path = folder.name + "/f32.gguf"
 f32_file(sys.argv[1], path)

@@ -1,7 +1,7 @@
 """What a forward costs here and how fast this decodes without a module: today's build, an older one, transformers, and
 llama.cpp on the same weights, in turn in one run.
 
-    python benchmarks/kernels.py --old ../foretell-old --llama llama-env/bin/python [--threads 2] [--output FILE]
+    python benchmarks/forwards.py --old ../foretell-old --llama llama-env/bin/python [--threads 2] [--output FILE]
 
 --old: a checkout of the build to compare with. --llama: an interpreter with xllamacpp and gguf, in an environment of
 its own; it decodes an f32 GGUF written from SmolLM2's package. Each way lives in a process of its own and waits for its
@@ -32,7 +32,7 @@ SPECULATION = {"none": "NONE", "ngram-simple": "NGRAM_SIMPLE", "ngram-mod": "NGR
 
 @dataclass(kw_only=True)
 class KernelSettings:
-    """Flags of benchmarks/kernels.py."""
+    """Flags of benchmarks/forwards.py."""
 
     model: str | None = field(default=None, metadata={"help": "A chat model's folder; SmolLM2's package without it."})
     old: str | None = field(default=None, metadata={"help": "A checkout of an older build."})
@@ -266,7 +266,7 @@ def main() -> None:
     from foretell.data.prompts import encode_prompt
     from foretell.runtime import cpu_flags, provenance, write_json_atomic
 
-    settings = parse(KernelSettings, prog="benchmarks/kernels.py")
+    settings = parse(KernelSettings, prog="benchmarks/forwards.py")
     folder = Path("runs/kernels/model")
     model, tokenizer = load_model(settings.model, folder)
     del model
@@ -319,7 +319,7 @@ def main() -> None:
     old = settings.old and subprocess.run(
         ["git", "-C", settings.old, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     )
-    made = provenance(["benchmarks/kernels.py"])
+    made = provenance(["benchmarks/forwards.py"])
     machine = {"instructions": cpu_flags(), "threads": settings.threads}
     result = {
         "provenance": made | {"hardware": made["hardware"] | machine},

@@ -100,6 +100,14 @@ def test_rewards_that_are_no_numbers_are_refused(value, module, tmp_path):
         ({"mtp_training_mode": "frozen"}, "mtp_training_mode: got 'frozen', wanted one of disabled, standalone, joint"),
         ({"mtp_supervision": "label"}, "mtp_supervision: got 'label', wanted one of labels, teacher"),
         ({"mtp_loss_scaling_factor": float("nan")}, "mtp_loss_scaling_factor: got nan"),
+        ({"mtp_loss_scaling_factor": "a lot"}, "mtp_loss_scaling_factor: got 'a lot', wanted a number of at least 0"),
+        ({"mtp_learning_rate": -0.1}, "mtp_learning_rate: got -0.1, wanted a number"),
+        ({"mtp_learning_rate": float("nan")}, "mtp_learning_rate: got nan, wanted a number"),
+        ({"mtp_muon_learning_rate": True}, "mtp_muon_learning_rate: got True, wanted a number"),
+        ({"mtp_depth_beta": "1e-1"}, "mtp_depth_beta: got '1e-1', wanted a number"),
+        ({"mtp_depth_one_first": None}, "mtp_depth_one_first: got None, wanted a number of at least 0 and below 1"),
+        ({"mtp_heads_first_steps": 2.5}, "mtp_heads_first_steps: got 2.5, wanted a whole number"),
+        ({"eval_prompts": -1}, "eval_prompts: got -1, wanted a whole number of at least 0"),
         ({"generation_kwargs": {"min_new_token": 2}}, "got 'min_new_token', did you mean min_new_tokens"),
         ({"generation_kwargs": {"num_return_sequences": 2}}, "num_generations says how many"),
     ],
@@ -110,6 +118,27 @@ def test_settings_that_nobody_knows_are_refused(settings, said, module, tmp_path
     if "generation_kwargs" not in settings:
         with pytest.raises(ValueError, match=said.split(": ")[1].split(",")[0]):
             SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, mtp_enabled=True, **settings)
+
+
+@pytest.mark.parametrize("steps", [2.5, True, "2", None, -1])
+def test_warmup_steps_are_counted(steps, module, tmp_path):
+    with pytest.raises(ValueError, match=f"mtp_warmup_steps: got {steps!r}, wanted a whole number of at least 0"):
+        GRPOConfig(output_dir=str(tmp_path), mtp_module=module, **BASE, mtp_warmup_steps=steps)
+
+
+def test_a_rate_of_zero_is_zero(module, tmp_path):
+    """No other stands for it: the module stays what it is."""
+    how: dict[str, Any] = {
+        "mtp_module": module,
+        "mtp_training_mode": "standalone",
+        "max_steps": 1,
+        "learning_rate": 0.1,
+    }
+    for rate, stays in ((0.0, True), (1e-3, False), (None, False)):
+        made = made_of(GRPOTrainer, GRPOConfig, tmp_path, mtp_learning_rate=rate, **how)
+        before = copied(made.mtp.module)
+        made.train()
+        assert same(made.mtp.module, before) is stays
 
 
 @pytest.mark.parametrize(

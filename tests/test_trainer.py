@@ -720,7 +720,7 @@ def test_depth_one_alone_is_a_run_of_depth_one(method, tmp_path):
 def test_bad_optimizers_and_shares_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mtp_muon_learning_rate: got SGD, wanted AdamW"):
         trainer_of(make(), tmp_path, mtp_muon_learning_rate=1e-3, optim="sgd").train()
-    with pytest.raises(ValueError, match="mtp_depth_one_first: got 1.0, wanted at least 0 and below 1"):
+    with pytest.raises(ValueError, match="mtp_depth_one_first: got 1.0, wanted a number of at least 0 and below 1"):
         trainer_of(make(), tmp_path, mtp_depth_one_first=1.0)
     with pytest.raises(ValueError, match="use ce, which is -log of a label's acceptance too"):
         trainer_of(make(), tmp_path, mtp_loss="lk")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from foretell.methods.base import SOFT, DepthWeights, GradientMode, LossKind, Supervision, load_preset
+
+NUMBERS: dict[str, tuple[Any, str]] = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
+BELOW = {"mtp_depth_one_first": 1}
 
 
 @dataclass
@@ -85,6 +89,7 @@ class MTPArguments:
         for name, kind in get_type_hints(MTPArguments).items():  # a command line checks these by itself
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 found.append(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(get_args(kind))}.")
+        found += self._no_numbers()
         if self.mtp_supervision not in SOFT and self.mtp_loss != "ce":
             same = ", which is -log of a label's acceptance too" if self.mtp_loss == "lk" else ""
             found.append(
@@ -93,18 +98,27 @@ class MTPArguments:
             )
         if self.mtp_depth_weights == "dpace" and self.mtp_loss not in ("ce", "tv", "lk"):
             found.append(f"mtp_depth_weights: dpace reads acceptance off ce, tv or lk, got mtp_loss={self.mtp_loss}.")
-        if not 0 <= self.mtp_depth_one_first < 1:
-            found.append(f"mtp_depth_one_first: got {self.mtp_depth_one_first}, wanted at least 0 and below 1.")
-        if self.mtp_loss_scaling_factor is not None and not 0 <= self.mtp_loss_scaling_factor < math.inf:
-            found.append(f"mtp_loss_scaling_factor: got {self.mtp_loss_scaling_factor}, wanted a number of at least 0.")
-        if self.eval_patience is not None and self.eval_patience < 1:
-            found.append(f"eval_patience: got {self.eval_patience}, wanted at least 1.")
+        if self.eval_patience == 0:
+            found.append("eval_patience: got 0, wanted at least 1.")
         mode = self.mtp_training_mode
         if self.mtp_heads_first_steps and mode != "joint":
             found.append(f"mtp_heads_first_steps: got mode {mode!r}, wanted joint, whose first stage it is.")
         if self.mtp_target_loss == "untouched" and mode != "joint":
             found.append(f"mtp_target_loss: got 'untouched' in mode {mode!r}, wanted joint.")
         return found
+
+    def _no_numbers(self) -> list[str]:
+        """Counts, shares and rates of ours that are none."""
+        found, owners = {}, [one for one in type(self).__mro__ if issubclass(one, MTPArguments)]
+        for name, kind in (item for one in owners for item in vars(one).get("__annotations__", {}).items()):
+            kinds, value, below = kind.split(" | "), getattr(self, name), BELOW.get(name, math.inf)
+            if kinds[0] not in NUMBERS or (value is None and "None" in kinds):
+                continue
+            number, what = NUMBERS[kinds[0]]
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 <= value < below:
+                most = f" and below {below}" if below < math.inf else ""
+                found[name] = f"{name}: got {value!r}, wanted {what} of at least 0{most}."
+        return list(found.values())
 
     @property
     def trains_target(self) -> bool:

@@ -119,7 +119,8 @@ class MTPTraining(Trainer, ABC):
             if apart:
                 group["params"] = [p for p in group["params"] if id(p) not in mine]
                 options = {k: v for k, v in group.items() if k != "params"}
-                options["lr"] = self.args.mtp_learning_rate or options["lr"]  # type: ignore[attr-defined]
+                if self.args.mtp_learning_rate is not None:  # type: ignore[attr-defined]
+                    options["lr"] = self.args.mtp_learning_rate  # type: ignore[attr-defined]
                 optimizer.add_param_group({**options, "params": apart, "is_mtp": True})
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
         return optimizer

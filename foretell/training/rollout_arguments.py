@@ -111,10 +111,10 @@ class RolloutArguments(MTPArguments):
             found.append(
                 f"num_speculative_tokens: got {self.num_speculative_tokens!r}, wanted a number of at least 0, or auto"
             )
-        if self.mtp_warmup_steps < 0 or (self.mtp_warmup_steps and not learns):
+        if self.mtp_warmup_steps and not learns:
             found.append(
-                f"mtp_warmup_steps: got {self.mtp_warmup_steps} in mode {self.mtp_training_mode!r}, wanted at least 0, "
-                "and a module that learns"
+                f"mtp_warmup_steps: got {self.mtp_warmup_steps} in mode {self.mtp_training_mode!r}, wanted a module "
+                "that learns"
             )
         if self.mtp_target_loss != "labels":
             found.append(

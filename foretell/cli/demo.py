@@ -58,7 +58,7 @@ class DemoSettings:
     def problems(self) -> list[str]:
         """See config.check."""
         found = []
-        if self.minutes < 2:
+        if not 2 <= self.minutes < math.inf:
             found.append(f"minutes: got {self.minutes}, wanted at least 2.")
         if self.repeats < 1:
             found.append(f"repeats: got {self.repeats}, wanted at least 1.")

@@ -389,7 +389,7 @@ def test_sweep_marks_what_pays(place, capsys):
         (("--precision", "0"), "precision: got 0.0, wanted a share"),
         (("--temperature", "-1"), "temperature: got -1.0"),
         (("--temperature", "inf"), "temperature: got inf"),
-        (("--minutes", "-1"), "minutes: got -1.0, wanted more than 0"),
+        (("--minutes", "-1"), "minutes: got -1.0, wanted at least 0"),
         (("--minutes", "nan"), "minutes: got nan"),
         (("--num-draft-tokens", "0"), "num_draft_tokens: got '0', wanted a number from 1 on"),
         (("--drafter", "medusa"), "drafter: got 'medusa'"),

@@ -44,8 +44,8 @@ class MeasureSettings(WorkloadSettings):
             found.append(f"temperature: got {self.temperature}, wanted 0 (greedy) or more.")
         if not 0 < self.precision < 1:
             found.append(f"precision: got {self.precision}, wanted a share between 0 and 1, such as 0.03.")
-        if self.minutes is not None and not self.minutes > 0:
-            found.append(f"minutes: got {self.minutes}, wanted more than 0, or null for no limit.")
+        if self.minutes is not None and not self.minutes >= 0:
+            found.append(f"minutes: got {self.minutes}, wanted at least 0, or null for no limit.")
         if self.drafter not in (None, "mtp", "lookup", "mtp+lookup"):
             found.append(f"drafter: got {self.drafter!r}, wanted mtp, lookup or mtp+lookup.")
         if os.path.isdir(self.output):

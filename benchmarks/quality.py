@@ -234,7 +234,7 @@ def train_for(
     """A module that learned for so many seconds (None takes a setting away), and what that was; on a CPU seconds of
     this process, of which other work takes none.
     """
-    training = {"seed": 0, **training}
+    training = {"seed": 0, "train_sampling_strategy": "group_by_length", **training}
     torch.manual_seed(training["seed"])
     mtp = get_mtp_model(model, {name: value for name, value in module.items() if value is not None})
     if module.get("draft_vocab_size"):
@@ -242,8 +242,7 @@ def train_for(
     on_cpu = mtp.device.type == "cpu"
     args = MTPTrainingArguments(
         **training, output_dir="runs/quality/training", max_steps=1_000_000, lr_scheduler_type="constant",
-        save_strategy="no", report_to="none", logging_steps=20, train_sampling_strategy="group_by_length",
-        use_cpu=on_cpu,
+        save_strategy="no", report_to="none", logging_steps=20, use_cpu=on_cpu,
     )  # fmt: skip
     clock = TimeBudget(seconds, args.learning_rate, clock=time.process_time if on_cpu else time.monotonic)
     trainer = MTPTrainer(model=mtp, args=args, train_dataset=answers, callbacks=[clock])

@@ -301,7 +301,7 @@ def measured(settings: LeaderboardSettings) -> dict[str, Any]:
     wanted = [name for name in ENTRIES if not settings.only or name in settings.only]
     theirs = [n for n in PEERS if peer and (not settings.only or f"economize {n}" in settings.only)]
     runs = (len(wanted) + len(theirs)) * (SEARCH + (1 - SEARCH) * settings.seeds)
-    seconds = 60 * settings.minutes * TRAINING / max(runs, 1)
+    seconds = round(60 * settings.minutes * TRAINING / max(runs, 1), 3)  # finds what was done, whatever was rounded
     entries: dict[str, dict[str, Any]] = {}
     for name in wanted:
         rate = max(float(settings_of(name, 30)[1].get("learning_rate", 1e-3)), LEAST_RATE)

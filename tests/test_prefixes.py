@@ -21,7 +21,7 @@ from foretell.models.slot_cache import SlotCache
 from foretell.mtp import MTPModel, get_mtp_model
 from foretell.serving.engine import Engine
 from foretell.serving.requests import Request
-from foretell.types import Draft, SequenceState
+from foretell.types import Draft, SequenceState, Watcher
 
 MADE: dict[str, Any] = {
     # random targets, whose texts depend on all that they have read
@@ -211,6 +211,18 @@ def test_answers_to_one_prompt_read_it_once(kind):
                 rows.append(out.stats.target_rows)
             assert told[0] == told[1]
             assert rows[0] == rows[1] if kind == "windows" else rows[0] <= rows[1] - 2 * 30 * (3 if draws else 1)
+
+
+def test_nobody_waits_for_what_a_watcher_cannot_share():
+    """Whoever must see every row sees them, in as few forwards as without."""
+    mtp, forwards = made("qwen3"), []
+    for share in (True, False):
+        run = loop.Decoder(mtp.target, watchers=[Watcher()]).start(
+            [SequenceState([*range(3, 53)], 50, i, most_tokens=52) for i in range(4)], rules_of(share=share)
+        )
+        with mtp.target.reading():
+            forwards.append(run.go().target_forwards)
+    assert forwards[0] == forwards[1]
 
 
 def rules_of(**more: Any) -> loop.Rules:

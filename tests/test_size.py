@@ -3,7 +3,7 @@
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "foretell"
-FILE_LINES, TOTAL_LINES = 500, 27955
+FILE_LINES, TOTAL_LINES = 500, 27953
 
 
 def line_counts(package: Path) -> dict[str, int]:

@@ -94,15 +94,13 @@ class Prefixes:
 
     def begin(self, text: SequenceState, beside: Iterable[SequenceState]) -> None:
         """A text takes its slot, with what another's slot holds of it: of those beside it, or of one that has ended."""
-        held: tuple[int, SequenceState | None] = 0, None
-        alike_with = [(min(alike(text.tokens, one.tokens), len(text.tokens) - 1), one) for one in (*self.kept, *beside)]
-        for count, one in alike_with if self.slots else ():
-            if not one.broken and min(count, one.cached) > held[0]:
-                held = min(count, one.cached), one
-        length, source = held
+        others = (*self.kept, *beside) if self.slots else ()
+        alike_with = [(min(alike(text.tokens, one.tokens), len(text.tokens) - 1), one) for one in others]
+        held = [(min(count, one.cached), one) for count, one in alike_with if not one.broken]
+        length, source = max(held, key=lambda found: found[0], default=(0, None))
         unread = [(count, one) for count, one in alike_with if count > one.cached and not one.done]
         longest, lead = max(unread, key=lambda found: found[0], default=(0, None))
-        if self.slots and lead is not None and longest >= length + LEAST:
+        if lead is not None and self._shared(lead, longest) >= length + LEAST:
             self._leads[text.index] = lead, longest
         length = 0 if source is None else self._shared(source, length)
         self._vacate(text.slot, source if length else None)

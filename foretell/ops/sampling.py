@@ -31,7 +31,7 @@ def over_vocabulary(logits_NM: Tensor, ids_M: Tensor | None, vocab_size: int) ->
 
 
 RUNNERS = 64  # likeliest tokens of a row: the others run as one
-BLOCK = 256
+BLOCK = 256  # tokens: a draw finds its block first
 _STEP, _MIX, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64, as signed numbers
 
 

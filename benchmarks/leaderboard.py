@@ -487,7 +487,7 @@ def document(result: dict[str, Any], path: Path) -> None:
             "and prompts, one run."
         )]  # fmt: skip
     missing = [name for name in ENTRIES if name not in result["entries"]]
-    lines += ["", f"Not in this run: {', '.join(missing)}." if missing else "", "", LIMITS]
+    lines += ["", *([f"Not in this run: {', '.join(missing)}.", ""] if missing else []), LIMITS]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
     plot(first["ways"], path.with_suffix(".svg"))

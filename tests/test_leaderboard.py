@@ -39,8 +39,19 @@ def test_the_search_counts_and_nothing_is_done_twice(tmp_path):
     assert [spec["folder"] is not None for spec in ran] == [False] * 3 + [True, False]
     again: list = []
     assert leaderboard.searched(jobs_of(tmp_path), fake(3e-3, again), *given) == found and again == []
+    flat = leaderboard.searched(jobs_of(tmp_path), lambda spec: fake(spec["lr"], [])(spec), "flat", *given[1:])
+    assert flat["learning_rate"] == pytest.approx(1e-3), "rates that are as good: the preset's own"
     broken = leaderboard.searched(jobs_of(tmp_path), fake(3e-3, again), "broken", 1e-3, 100.0, 1, tmp_path / "x")
     assert broken == {"error": "ValueError: no"}
+
+
+def test_how_economize_decodes_is_decided_once(tmp_path):
+    """A clock decides, and rounds of an interrupted run are of what it said then."""
+    peer, told = object.__new__(leaderboard.Peer), [2, 3]
+    peer.load = lambda *_: {"cycle": told.pop(0)}
+    spec = {"cycle of": "economize mtp"}
+    found = [jobs_of(tmp_path).of(spec, peer.cycle("mtp", "folder"))["cycle"] for _ in range(2)]
+    assert found == [2, 2] and told == [3]
 
 
 def way(name, ratio, width=0.1, equal=True):
